@@ -1,0 +1,6 @@
+"""timetrial: training workloads raced against the clock. `core` is the small part that every plugin stands on."""
+
+__version__ = "0.1.0"
+
+INTERFACE = 1
+"""Version of the plugin interface (`core.hookspecs` and `core.types`); a plugin states the one it was built for."""

@@ -1,0 +1,208 @@
+"""Checkpoints: complete or absent, checked by SHA-256, and made of tensors and plain data only.
+
+    checkpoints/step_00000040/
+        shared.safetensors shared.json      model, optimizer, position, log offsets (written by rank 0)
+        rank0.safetensors rank0.json ...    each rank's own: generator states, workload and plugin states
+        manifest.json                       SHA-256 of each file; written last, then the folder is renamed into place
+
+Loading parses safetensors and JSON and so executes nothing. `save` and `load` take trees of dicts, lists, tuples,
+tensors, numbers, strings, booleans and None; a later asynchronous or sharded writer replaces `_write_tree` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from core import faults
+from core.errors import CheckpointError
+from core.types import Backend
+
+FORMAT = 1
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every rank calls `save` and `load` together."""
+
+    def __init__(self, folder: Path, backend: Backend, keep: int) -> None:
+        self.folder, self.backend, self.keep = folder, backend, keep
+        self.fault = faults.armed()
+
+    def save(self, step: int, shared: dict[str, Any], local: dict[str, Any]) -> None:
+        """Commits a checkpoint, then drops the oldest beyond `keep`. On failure the previous ones are untouched."""
+        final, partial = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.partial"
+        try:
+            if self.backend.rank == 0:
+                for leftover in self.folder.glob(".step_*.partial"):
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+            self._barrier()
+            sums = _write_tree(partial, f"rank{self.backend.rank}", local)
+            if self.backend.rank == 0:
+                sums |= _write_tree(partial, "shared", shared)
+            (partial / f"sums{self.backend.rank}.json").write_text(json.dumps(sums))
+            self._strike("checkpoint.write", step)
+            self._barrier()
+            if self.backend.rank == 0:
+                self._commit(step, partial, final)
+            self._barrier()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self.folder}: {error.strerror}; earlier checkpoints are intact: "
+                "free some space and run the same command again",
+                rank=self.backend.rank,
+                step=step,
+            ) from error
+
+    def _commit(self, step: int, partial: Path, final: Path) -> None:
+        files: dict[str, str] = {}
+        for path in partial.glob("sums*.json"):
+            files |= json.loads(path.read_text())
+            path.unlink()
+        manifest = {"format": FORMAT, "step": step, "world_size": self.backend.world_size, "files": files}
+        _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        self._strike("checkpoint.commit", step)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_folder(self.folder)
+        for old in self.steps()[self.keep :]:
+            shutil.rmtree(self.folder / f"step_{old:08d}")
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first."""
+        return sorted((int(p.name[5:]) for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
+
+    def load(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest intact checkpoint as `(step, shared, local)`; None where none was ever completed.
+
+        Raises CheckpointError where there are checkpoints but every one is damaged.
+        """
+        chosen = self.backend.broadcast(self._newest_intact() if self.backend.rank == 0 else None)
+        if chosen is None:
+            return None
+        folder = self.folder / f"step_{chosen:08d}"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        rank = self.backend.rank if self.backend.rank < manifest["world_size"] else 0
+        return chosen, _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}")
+
+    def _newest_intact(self) -> int | None:
+        problems: list[str] = []
+        for step in self.steps():
+            problem = _damage(self.folder / f"step_{step:08d}")
+            if problem is None:
+                for line in problems:
+                    print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
+                return step
+            problems.append(f"checkpoint of step {step} is damaged: {problem}")
+        if problems:
+            raise CheckpointError(f"{problems[0]}, and no other is intact in {self.folder}; choose another run_dir")
+        return None
+
+    def _strike(self, point: str, step: int) -> None:
+        if self.fault:
+            self.fault.strike(point, step, self.backend.rank)
+
+    def _barrier(self) -> None:
+        self.backend.all_gather([0.0])
+
+
+def parameters_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types and bits of all parameters and buffers, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """The process-wide generators that a model may draw from (dropout): torch's, on the CPU and on the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_generator_states(device: torch.device, states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "device" in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for name, expected in manifest["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                return f"{name} has changed (its SHA-256 differs)"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> dict[str, str]:
+    """Writes a tree as name.safetensors and name.json; returns file name -> SHA-256."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain = _strip(tree, name, tensors)
+    files = {f"{name}.json": json.dumps(plain).encode(), f"{name}.safetensors": safetensors.torch.save(tensors)}
+    for file, data in files.items():
+        _write(folder / file, data)
+    return {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+
+
+def _read_tree(folder: Path, name: str) -> dict[str, Any]:
+    tensors = safetensors.torch.load((folder / f"{name}.safetensors").read_bytes())
+    return _restore(json.loads((folder / f"{name}.json").read_text()), tensors)
+
+
+def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The tree as JSON, its tensors moved to `tensors`. Containers are tagged: JSON knows neither int keys nor tuples."""
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _strip(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        items = [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+        return {"list" if isinstance(tree, list) else "tuple": items}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise CheckpointError(f"{path} is a {type(tree).__name__}; only tensors and plain data can be saved")
+
+
+def _restore(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(plain, dict):
+        return plain
+    (tag, value), *_ = plain.items()
+    if tag == "tensor":
+        return tensors[value]
+    if tag == "dict":
+        return {key: _restore(item, tensors) for key, item in value}
+    items = [_restore(item, tensors) for item in value]
+    return items if tag == "list" else tuple(items)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

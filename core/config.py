@@ -1,0 +1,143 @@
+"""Schemas of the root configuration, and the one way in which any configuration is checked against its schema.
+
+YAML holds the values, a dataclass the types, ranges and meaning: `validate` merges the two, so a misspelt key, a wrong
+type or a value out of range is refused before anything starts, whichever way it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from core.errors import UsageError, nearest
+
+T = TypeVar("T")
+
+
+def checked(
+    *, at_least: float | None = None, above: float | None = None, at_most: float | None = None, choices: Any = None
+) -> Any:
+    """A dataclass field whose value `validate` holds to a range or to a choice. None passes where the type allows it."""
+    return dataclasses.field(
+        metadata={"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}, kw_only=True
+    )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: str = checked(choices=("real", "synthetic"))
+    root: str | None
+    max_bad: int = checked(at_least=0)
+    workers: int | None = checked(at_least=0)
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    nproc: int = checked(at_least=1)
+    timeout_s: float = checked(above=0)
+
+
+@dataclass(kw_only=True)
+class StopConfig:
+    steps: int | None = checked(at_least=1)
+    seconds: float | None = checked(above=0)
+    epochs: int | None = checked(at_least=1)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every_steps: int | None = checked(at_least=1)
+    every_seconds: float | None = checked(above=0)
+    keep: int = checked(at_least=2)
+    at_end: bool
+
+
+@dataclass(kw_only=True)
+class SubmissionConfig:
+    org: str
+    platform: str
+    division: str = checked(choices=("open", "closed"))
+    status: str = checked(choices=("cloud", "onprem", "preview", "research"))
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The root configuration. `workload`, `backend` and each `opt` are checked against their plugin's own `Config`."""
+
+    workload: Any
+    backend: Any
+    opt: dict[str, Any]
+    data: DataConfig
+    launch: LaunchConfig
+    stop: StopConfig
+    checkpoint: CheckpointConfig
+    submission: SubmissionConfig
+    seed: Any
+    deterministic: bool
+    run_dir: str | None
+    resume: str
+    resume_changed: bool
+    score_restarts: bool
+    warmup_steps: int = checked(at_least=0)
+    log_seconds: float = checked(above=0)
+
+
+def validate(schema: type[T], node: Any, where: str) -> T:
+    """`node` as an instance of the dataclass `schema`; `where` is its place in the configuration, such as "workload".
+
+    Raises UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node if node is not None else {})
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        key = str(error.key)
+        parent = (error.full_key or key).rpartition(".")[0]
+        owner = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
+        options = [str(k) for k in owner] if isinstance(owner, DictConfig) else []
+        place = ".".join(p for p in (where, parent) if p)
+        raise UsageError(f"unknown key '{_join(place, key)}': {nearest(key, options)}") from None
+    except MissingMandatoryValue as error:
+        raise UsageError(f"{_join(where, error.full_key or '')} has no value") from None
+    except OmegaConfBaseException as error:
+        message = str(error.msg or error).splitlines()[0]
+        raise UsageError(f"{_join(where, error.full_key or '')}: {message}") from None
+    _check_ranges(config, where)
+    return config  # pyright: ignore[reportReturnType]
+
+
+def _join(where: str, key: str) -> str:
+    return ".".join(p for p in (where, key) if p)
+
+
+def _check_ranges(config: Any, where: str) -> None:
+    for item in dataclasses.fields(config):
+        value, name, rule = getattr(config, item.name), _join(where, item.name), item.metadata
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} is {value}; a finite number is expected")
+        elif value is None or not rule:
+            continue
+        elif rule["choices"] is not None and value not in rule["choices"]:
+            raise UsageError(f"{name}={value}: {nearest(str(value), map(str, rule['choices']))}")
+        elif rule["at_least"] is not None and value < rule["at_least"]:
+            raise UsageError(f"{name}={value} is out of range; at least {rule['at_least']} is expected")
+        elif rule["above"] is not None and value <= rule["above"]:
+            raise UsageError(f"{name}={value} is out of range; a number above {rule['above']} is expected")
+        elif rule["at_most"] is not None and value > rule["at_most"]:
+            raise UsageError(f"{name}={value} is out of range; at most {rule['at_most']} is expected")
+
+
+def parse_seed(value: Any) -> int | None:
+    """The seed as an integer, or None for `clock`."""
+    if value == "clock":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise UsageError(f"seed={value}: an integer from 0 to 2^63-1 or `clock` is expected")
+    return value

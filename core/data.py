@@ -1,0 +1,75 @@
+"""Which examples each rank reads, in which order: a function of seed, epoch and rank alone, so that it can be resumed.
+
+Every example is used exactly once an epoch (v1.1 rules, section 6.2). The last global batch of an epoch is smaller where
+the batch size does not divide the number of examples; `Batch.weight` makes its loss the mean over the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one global batch: `indices` into the data set, and what `Batch` needs to know."""
+
+    number: int
+    """Number of the batch in its epoch, counted from 0; for seeding its augmentation."""
+    indices: NDArray[np.int64]
+    samples: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSampler:
+    """Shuffles, batches and shards `examples` over ranks.
+
+    A last batch that would leave a rank with fewer than `min_per_rank` examples joins the one before it (batch
+    normalisation, say, needs 2). The union over ranks of batch k is the same for every world size.
+    """
+
+    examples: int
+    global_batch: int
+    rank: int
+    world_size: int
+    min_per_rank: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.world_size:
+            raise DataError(
+                f"the global batch size {self.global_batch} does not divide by {self.world_size} ranks: "
+                f"choose a multiple, such as {-(-self.global_batch // self.world_size) * self.world_size}"
+            )
+        if self.examples < self.global_batch:
+            raise DataError(
+                f"the training set has {self.examples} examples, fewer than one global batch of {self.global_batch}: "
+                "choose a smaller batch size or more data"
+            )
+
+    @property
+    def batches(self) -> int:
+        """Global batches, and so steps, in an epoch."""
+        full, rest = divmod(self.examples, self.global_batch)
+        return full + (rest >= self.min_per_rank * self.world_size)
+
+    def epoch(self, seed: int, first_batch: int = 0) -> Iterator[Share]:
+        """This rank's shares of an epoch's batches, from `first_batch` on; `seed` must differ from epoch to epoch."""
+        order = np.random.default_rng(seed).permutation(self.examples)
+        last = self.batches - 1
+        for number in range(first_batch, self.batches):
+            start = number * self.global_batch
+            batch = order[start:] if number == last else order[start : start + self.global_batch]
+            mine = np.array_split(batch, self.world_size)[self.rank]
+            weight = len(mine) * self.world_size / len(batch)
+            yield Share(number, mine, len(batch), weight)
+
+
+def eval_share(examples: int, rank: int, world_size: int) -> range:
+    """The evaluation examples of one rank: contiguous, disjoint, and together all of them."""
+    return range(examples * rank // world_size, examples * (rank + 1) // world_size)

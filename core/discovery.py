@@ -1,0 +1,137 @@
+"""Installed plugins, from package metadata alone: nothing is imported until a plugin is chosen.
+
+A plugin is an entry point in the group `timetrial.<kind>`; its name is the name of the configuration option, which lies
+in the plugin's package as `conf/<kind>/<name>.yaml`. Several options may share one plugin class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import get_args
+
+from core import INTERFACE
+from core.errors import PluginError, nearest
+from core.types import Kind, Plugin
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One option that an installed distribution offers, as its metadata describes it."""
+
+    kind: Kind
+    name: str
+    target: str
+    """`module:Class` of the plugin."""
+    distribution: str
+    version: str
+    package_dir: Path
+
+    @property
+    def conf_dir(self) -> Path:
+        return self.package_dir / "conf"
+
+    def load(self) -> type[Plugin]:
+        """Imports the plugin's class. PluginError if that fails, or if it was built for another interface."""
+        module, _, attribute = self.target.partition(":")
+        who = f"{self.kind} '{self.name}' (distribution {self.distribution} {self.version})"
+        try:
+            plugin = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                f"{who} cannot be imported: {type(error).__name__}: {error}; reinstall or update {self.distribution}"
+            ) from error
+        if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
+            raise PluginError(f"{who}: {self.target} is not a subclass of core.types.Plugin")
+        if plugin.spec.interface != INTERFACE:
+            raise PluginError(
+                f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}: "
+                f"install the release of {self.distribution} that fits, or update timetrial"
+            )
+        return plugin
+
+    def source_hash(self) -> str:
+        """SHA-256 over the package's Python and YAML files: what code a result came from."""
+        digest = hashlib.sha256()
+        for path in sorted(p for p in self.package_dir.rglob("*") if p.suffix in (".py", ".yaml")):
+            digest.update(str(path.relative_to(self.package_dir)).encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()
+
+
+class Registry:
+    """The installed plugins, less those the user blocked."""
+
+    def __init__(self, installed: Iterable[Installed], blocked: Iterable[str] = ()) -> None:
+        self.blocked = frozenset(blocked)
+        self.plugins = sorted(
+            (p for p in installed if p.name not in self.blocked), key=lambda p: (KINDS.index(p.kind), p.name)
+        )
+        self._refuse_clashes()
+
+    def names(self, kind: Kind) -> list[str]:
+        return [p.name for p in self.plugins if p.kind == kind]
+
+    def find(self, kind: Kind, name: str) -> Installed:
+        for plugin in self.plugins:
+            if (plugin.kind, plugin.name) == (kind, name):
+                return plugin
+        reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
+        raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
+
+    def search_path(self) -> list[Path]:
+        return list(dict.fromkeys(p.conf_dir for p in self.plugins if p.conf_dir.is_dir()))
+
+    def _refuse_clashes(self) -> None:
+        """Hydra and pluggy would let one silently shadow the other."""
+        names: dict[tuple[str, str], Installed] = {}
+        files: dict[Path, Installed] = {}
+        for plugin in self.plugins:
+            other = names.setdefault((plugin.kind, plugin.name), plugin)
+            if other is not plugin:
+                raise PluginError(
+                    f"{plugin.kind} '{plugin.name}' is provided by both {other.distribution} and "
+                    f"{plugin.distribution}: uninstall one of them"
+                )
+            if plugin.conf_dir.is_dir():
+                for path in plugin.conf_dir.rglob("*.yaml"):
+                    relative = path.relative_to(plugin.conf_dir)
+                    other = files.setdefault(relative, plugin)
+                    if other.conf_dir != plugin.conf_dir:
+                        raise PluginError(
+                            f"the configuration file {relative} is shipped by both {other.distribution} and "
+                            f"{plugin.distribution}: uninstall one of them"
+                        )
+
+
+def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
+    """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
+    found: list[Installed] = []
+    seen: set[tuple[str, str, str]] = set()
+    for kind in KINDS:
+        for point in metadata.entry_points(group=f"timetrial.{kind}"):
+            if point.dist is None or (allowed is not None and point.name not in allowed):
+                continue
+            distribution = re.sub(r"[-_.]+", "-", point.dist.name).lower()
+            # One distribution can be seen twice, as an editable install and as a folder on sys.path.
+            if (kind, point.name, distribution) not in seen:
+                seen.add((kind, point.name, distribution))
+                package = _package_dir(point.value)
+                found.append(Installed(kind, point.name, point.value, distribution, point.dist.version, package))
+    return Registry(found, blocked)
+
+
+def _package_dir(target: str) -> Path:
+    """The folder of the package that holds `package.module:Class`, without importing it."""
+    top, *rest = target.partition(":")[0].split(".")[:-1] or [target.partition(":")[0]]
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return Path("/nonexistent") / top  # a broken installation: `load` says so if it is chosen
+    return Path(next(iter(spec.submodule_search_locations)), *rest)

@@ -1,0 +1,103 @@
+"""THE public interface: every hook that a plugin may implement, in the order in which a run calls them.
+
+Mark an implementation with `core.hookimpl`. An *onion* hook is implemented as a wrapper around what lies inside it:
+
+    @hookimpl(wrapper=True)
+    def prepare_model(self, ctx, model):
+        model = yield               # what the opts inside this one, and core, made of it
+        return model.to(memory_format=torch.channels_last)
+
+Hooks build the step; none is called inside one. An implementation may leave out arguments, but not rename them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from core.config import RunConfig
+    from core.types import Backend, Batch, Evidence, Forward, Position, RunContext, Step, StepParts, Workload
+
+PROJECT = "timetrial"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Hooks:
+    """Every hook. Kinds of plugin that usually implement one stand in brackets."""
+
+    @hookspec
+    def environment(self, config: RunConfig) -> dict[str, str]:  # pyright: ignore[reportReturnType]
+        """[any] Environment variables to set before torch is imported. Collected; two values for one name is an error."""
+
+    @hookspec(firstresult=True)
+    def init_backend(self, ctx: RunContext) -> Backend:  # pyright: ignore[reportReturnType]
+        """[backend] Joins the process group and chooses this rank's device."""
+
+    @hookspec(firstresult=True)
+    def make_workload(self, ctx: RunContext) -> Workload:  # pyright: ignore[reportReturnType]
+        """[workload] The workload; reads no data yet."""
+
+    @hookspec(firstresult=True)
+    def prepare_model(self, ctx: RunContext, model: nn.Module) -> nn.Module:  # pyright: ignore[reportReturnType]
+        """[opt, onion] The model on its device, before distribution: memory format, compilation, partial capture."""
+
+    @hookspec(firstresult=True)
+    def distribute(self, ctx: RunContext, model: nn.Module) -> nn.Module:  # pyright: ignore[reportReturnType]
+        """[backend innermost, opt, onion] The model whose backward pass also exchanges gradients."""
+
+    @hookspec(firstresult=True)
+    def communication_hook(self, ctx: RunContext, model: nn.Module) -> tuple[Any, Callable[..., Any]]:  # pyright: ignore[reportReturnType]
+        """[opt] `(state, hook)` for DistributedDataParallel's gradient exchange; one owner, claim "ddp.comm_hook"."""
+
+    @hookspec(firstresult=True)
+    def make_optimizer(self, ctx: RunContext, model: nn.Module) -> torch.optim.Optimizer:  # pyright: ignore[reportReturnType]
+        """[workload innermost, opt, onion] The optimizer of the bare `model`."""
+
+    @hookspec(firstresult=True)
+    def wrap_batches(self, ctx: RunContext, batches: Iterable[Batch]) -> Iterable[Batch]:  # pyright: ignore[reportReturnType]
+        """[opt, onion] One epoch's batches of this rank: prefetch, packing, memory format, copies on a side stream."""
+
+    @hookspec(firstresult=True)
+    def component(self, ctx: RunContext, name: str, default: Any) -> Any:  # pyright: ignore[reportReturnType]
+        """[opt, onion] A seam that is offered by name while the run is built. Core offers "loss" and "infer", each a
+        function of `(model, data)`; a workload offers its own through `ctx.component`, such as "rnnt.loss"."""
+
+    @hookspec(firstresult=True)
+    def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:  # pyright: ignore[reportReturnType]
+        """[opt, onion] The halves of a step: accumulation wraps the first, optimizer-in-backward empties the second."""
+
+    @hookspec(firstresult=True)
+    def wrap_step(self, ctx: RunContext, step: Any, purpose: Literal["train", "infer"]) -> Any:  # pyright: ignore[reportReturnType]
+        """[opt, onion] The whole step as one callable, a `Step` for "train", a `Forward` for "infer": capture."""
+
+    @hookspec(firstresult=True)
+    def wrap_evaluate(
+        self, ctx: RunContext, evaluate: Callable[[Forward], dict[str, float]]
+    ) -> Callable[[Forward], dict[str, float]]:  # pyright: ignore[reportReturnType]
+        """[opt, onion] The evaluation of the whole evaluation set."""
+
+    @hookspec
+    def on_block(self, ctx: RunContext, position: Position, event: Literal["start", "stop"]) -> None:
+        """[trackers, profilers] A block is the training between two evaluations."""
+
+    @hookspec
+    def on_eval(self, ctx: RunContext, position: Position, quality: dict[str, float]) -> None:
+        """[trackers] After each evaluation, on every rank."""
+
+    @hookspec
+    def on_log(self, ctx: RunContext, position: Position, values: dict[str, float]) -> None:
+        """[trackers] About once a second, on every rank: loss, learning rate, samples/s."""
+
+    @hookspec
+    def verify(self, ctx: RunContext) -> Evidence:  # pyright: ignore[reportReturnType]
+        """[opt, backend] Proof that the plugin took effect: asked for after warm-up and at the end."""
+
+
+__all__ = ["Hooks", "Step", "hookimpl", "hookspec"]

@@ -1,0 +1,150 @@
+"""What a run leaves behind: result_0.txt (mllog), metrics.jsonl, evidence.json, system.json and result.json.
+
+Rank 0 writes; on the other ranks a `Record` does nothing. result.json is a versioned schema and exists from the first
+second on with the status `running`, so that a run that is killed leaves a result that is not a success.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
+
+from core.errors import EXIT_DIVERGED, EXIT_FAILED, EXIT_NOT_CONVERGED, EXIT_STOPPED, EXIT_SUCCESS, TimetrialError
+from core.types import Evidence, Position, Workload
+
+RESULT_SCHEMA = 1
+EXIT_CODES = {
+    "success": EXIT_SUCCESS,
+    "throughput": EXIT_SUCCESS,
+    "failed": EXIT_FAILED,
+    "diverged": EXIT_DIVERGED,
+    "not_converged": EXIT_NOT_CONVERGED,
+    "stopped": EXIT_STOPPED,
+}
+"""Status of a run -> exit status. `throughput` is a run on synthetic data, which has no quality to reach."""
+
+
+class Record:
+    """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved."""
+
+    def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
+        self.run_dir, self.enabled, self.continued = run_dir, enabled, bool(offsets)
+        self._files: dict[str, IO[str]] = {}
+        if not enabled:
+            return
+        try:
+            for name in ("result_0.txt", "metrics.jsonl"):
+                path = run_dir / name
+                path.touch()
+                os.truncate(path, (offsets or {}).get(name, 0))
+                self._files[name] = path.open("a")
+        except OSError as error:
+            raise TimetrialError(
+                f"cannot write {error.filename}: {error.strerror}; choose another run_dir"
+            ) from None
+        logger = logging.Logger("timetrial.mllog", logging.INFO)  # its own: one run's lines must not reach another's log
+        logger.addHandler(logging.StreamHandler(self._files["result_0.txt"]))
+        self._mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
+
+    # ------------------------------------------------------------------------------------------------- mllog
+
+    def event(self, key: str, value: Any = None, **metadata: Any) -> None:
+        if self.enabled:
+            self._mllog.event(key, value, metadata)
+
+    def start(self, key: str, **metadata: Any) -> None:
+        if self.enabled:
+            self._mllog.start(key, None, metadata)
+
+    def end(self, key: str, **metadata: Any) -> None:
+        if self.enabled:
+            self._mllog.end(key, None, metadata)
+
+    def init_start(self) -> None:
+        """The run's caches cannot be flushed by an ordinary user, so the log says that they were not."""
+        if not self.continued:
+            self.event(constants.CACHE_CLEAR, False)
+            self.start(constants.INIT_START)
+
+    def init_stop(self, submission: Any, workload: Workload, accumulation: int, seed: int, weights: list[str]) -> None:
+        """The header that the official checker wants, and the end of initialisation and the start of the clock."""
+        if self.continued:
+            return
+        header = {
+            constants.SUBMISSION_BENCHMARK: workload.spec.benchmark,
+            constants.SUBMISSION_ORG: submission.org,
+            constants.SUBMISSION_DIVISION: submission.division,
+            constants.SUBMISSION_STATUS: submission.status,
+            constants.SUBMISSION_PLATFORM: submission.platform,
+            constants.SEED: seed,
+            constants.TRAIN_SAMPLES: workload.train_samples,
+            constants.EVAL_SAMPLES: workload.eval_samples,
+            constants.GRADIENT_ACCUMULATION_STEPS: accumulation,
+            constants.GLOBAL_BATCH_SIZE: workload.global_batch_size,
+        }
+        for key, value in (header | dict(workload.log_values())).items():
+            self.event(key, value)
+        for name in weights:
+            self.event(constants.WEIGHTS_INITIALIZATION, tensor=name)
+        self.end(constants.INIT_STOP)
+        self.start(constants.RUN_START)
+
+    def evaluation(self, epoch_num: int, value: float | dict[str, float]) -> None:
+        self.event(constants.EVAL_ACCURACY, value, epoch_num=epoch_num)
+
+    # ----------------------------------------------------------------------------------------------- our own
+
+    def metrics(self, position: Position, **values: Any) -> None:
+        """One line of metrics.jsonl."""
+        if self.enabled:
+            line = {"step": position.step, "epoch": position.epoch, "samples": position.samples, **values}
+            print(json.dumps(line), file=self._files["metrics.jsonl"], flush=True)
+
+    def evidence(self, stages: Mapping[str, Iterable[Evidence]]) -> None:
+        if self.enabled:
+            tree = {stage: [asdict(e) for e in found] for stage, found in stages.items()}
+            write_json(self.run_dir / "evidence.json", tree)
+
+    def result(self, **fields: Any) -> None:
+        if self.enabled:
+            update_result(self.run_dir, **fields)
+
+    def offsets(self) -> dict[str, int]:
+        """How long each log is, for a checkpoint."""
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replaces the file in one step, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(tree, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def update_result(run_dir: Path, **fields: Any) -> None:
+    write_json(run_dir / "result.json", {"schema": RESULT_SCHEMA, **read_result(run_dir), **fields})
+
+
+def write_failure(run_dir: Path, error: Mapping[str, Any]) -> None:
+    """Ends result.json with a failure: `error` has status, kind, message, rank and step."""
+    entry = {key: error.get(key) for key in ("kind", "message", "rank", "step")}
+    update_result(run_dir, status=error.get("status", "failed"), time_to_train_s=None, error=entry)

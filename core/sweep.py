@@ -1,0 +1,65 @@
+"""The jobs of a sweep and the table that it ends with."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.record import read_result
+
+
+@dataclass(frozen=True)
+class Job:
+    overrides: list[str]
+    run_dir: Path | None
+    code: int
+    message: str
+
+
+class Sweep:
+    """Collects what each job came to; a job that fails does not stop the others."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self._message = ""
+        self._folder = ""
+
+    def folder(self) -> str:
+        """The sweep's folder: one name for all its jobs."""
+        if not self._folder:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            self._folder = str(Path("runs", f"{stamp}-sweep-{secrets.token_hex(2)}").absolute())
+        return self._folder
+
+    def note(self, message: str) -> None:
+        """Why the job about to be added failed before it had a run folder."""
+        self._message = message
+
+    def add(self, overrides: list[str], run_dir: Path | None, code: int) -> None:
+        self.jobs.append(Job(overrides, run_dir, code, self._message))
+        self._message = ""
+
+    def print_table(self) -> None:
+        if not self.jobs:
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("job", "overrides", "status", "time to train", "quality", "samples/s", box=box.SIMPLE)
+        for number, job in enumerate(self.jobs):
+            result = read_result(job.run_dir) if job.run_dir else {}
+            error = (result.get("error") or {}).get("message") or job.message
+            seconds, speed = result.get("time_to_train_s"), result.get("samples_per_s")
+            quality = ", ".join(f"{k} {v:.4f}" for k, v in (result.get("quality") or {}).items())
+            table.add_row(
+                str(number), " ".join(job.overrides), str(result.get("status", "failed")),
+                f"{seconds:.1f} s" if seconds else "", quality or str(error), f"{speed:,.0f}" if speed else "",
+            )  # fmt: skip
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+        console.print(table)
+        failed = [str(n) for n, job in enumerate(self.jobs) if job.code]
+        console.print(f"{len(self.jobs)} jobs, " + (f"not successful: {', '.join(failed)}" if failed else "all successful"))

@@ -1,0 +1,47 @@
+"""The workload `toy`: what a workload plugin looks like when the model is small and the data is generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Plugin, WorkloadSpec
+
+if TYPE_CHECKING:
+    from core.testing.toy.workload import ToyWorkload
+    from core.types import RunContext
+
+
+@dataclass(kw_only=True)
+class ToyConfig:
+    examples: int = checked(at_least=1)
+    eval_examples: int = checked(at_least=1)
+    features: int = checked(at_least=1)
+    hidden: int = checked(at_least=1)
+    classes: int = checked(at_least=2)
+    global_batch_size: int = checked(at_least=1)
+    learning_rate: float = checked(above=0)
+    momentum: float = checked(at_least=0, at_most=1)
+    max_epochs: int = checked(at_least=1)
+    target: float = checked(at_least=0, at_most=1)
+    eval_every: int = checked(at_least=1)
+    dropout: float = checked(at_least=0, at_most=0.99)
+
+
+class Toy(Plugin):
+    spec = WorkloadSpec(
+        interface=1,
+        summary="a small network on generated points, for tests and first steps",
+        benchmark="resnet",
+        capture="step",
+        static_shapes=True,
+    )
+    Config = ToyConfig
+
+    @hookimpl
+    def make_workload(self, ctx: RunContext) -> ToyWorkload:
+        from core.testing.toy.workload import ToyWorkload
+
+        return ToyWorkload(ctx, self.config)

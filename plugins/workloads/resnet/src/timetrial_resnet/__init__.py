@@ -1,0 +1,1 @@
+"""timetrial workload: ResNet image classification (MLPerf Training v1.1)."""
