@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from core import faults
+from core.testing import faults
 from core.errors import CheckpointError
 from core.types import Backend
 
@@ -162,7 +162,10 @@ def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> dict[str, str]
 
 
 def _read_tree(folder: Path, name: str) -> dict[str, Any]:
-    tensors = safetensors.torch.load((folder / f"{name}.safetensors").read_bytes())
+    try:
+        tensors = safetensors.torch.load((folder / f"{name}.safetensors").read_bytes())
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / name}.safetensors is refused, it is no safetensors file: {error}") from None
     return _restore(json.loads((folder / f"{name}.json").read_text()), tensors)
 
 

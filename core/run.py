@@ -135,6 +135,7 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trac
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
         try:
+            _refuse_duplicates(list(hydra_config.overrides.task))
             if multirun:
                 config.run_dir = config.run_dir or hydra_config.runtime.output_dir
             run_dir, code = launch(
@@ -163,6 +164,16 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trac
     if sweep.jobs:
         return EXIT_SUCCESS if all(job.code == EXIT_SUCCESS for job in sweep.jobs) else EXIT_FAILED
     return outcome[0]
+
+
+def _refuse_duplicates(overrides: list[str]) -> None:
+    """Hydra would take an option that is named twice in one list as if it stood there once."""
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        names = [n.strip() for n in value.strip("[]").split(",")]
+        for name in names:
+            if group == "opt" and name and names.count(name) > 1:
+                raise UsageError(f"opt '{name}' is given twice; name each opt once")
 
 
 def _register_search_path(paths: list[str], sweep: Any) -> None:

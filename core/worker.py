@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from mlperf_logging.mllog import constants
 
-from core import faults
+from core.testing import faults
 from core.checkpoint import Checkpointer, generator_states, parameters_hash, set_generator_states
 from core.errors import OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
@@ -227,7 +227,8 @@ def _run_joined(
 def _seed_everything(ctx: RunContext) -> None:
     """Torch's process-wide generator, for models that draw (dropout), differs from rank to rank; the rest is counted."""
     torch.manual_seed(ctx.seed_for("torch", ctx.rank))
-    torch.use_deterministic_algorithms(ctx.deterministic)
+    # Not use_deterministic_algorithms: it sets the same switch, but first imports the compiler, which takes seconds.
+    torch.set_deterministic_debug_mode("error" if ctx.deterministic else "default")
     # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -335,7 +336,7 @@ def _with_faults(step: Callable[[Batch], Outputs], ctx: RunContext, position: Po
 
     def faulty(batch: Batch) -> Outputs:
         outputs = step(batch)
-        if fault.strike("step", position.step, ctx.rank):
+        if fault.strike("step", position.step + 1, ctx.rank):
             outputs["loss"] = outputs["loss"] * float("nan")
         return outputs
 

@@ -38,7 +38,7 @@ class ToyWorkload:
         c = self.config
         centres = torch.randn(c.classes, c.features, generator=generator)
         labels = torch.arange(c.examples + c.eval_examples) % c.classes
-        points = centres[labels] + torch.randn(len(labels), c.features, generator=generator)
+        points = centres[labels] + 1.5 * torch.randn(len(labels), c.features, generator=generator)
         self.points, self.labels = points.to(self.ctx.device), labels.to(self.ctx.device)
 
     def build_model(self) -> nn.Module:

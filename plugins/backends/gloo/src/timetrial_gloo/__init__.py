@@ -1,0 +1,1 @@
+"""timetrial backend `gloo`: ranks on CPUs."""

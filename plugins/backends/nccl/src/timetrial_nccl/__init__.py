@@ -1,0 +1,1 @@
+"""timetrial backend `nccl`: one rank for each NVIDIA GPU."""

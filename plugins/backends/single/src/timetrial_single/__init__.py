@@ -1,0 +1,1 @@
+"""timetrial backend `single`: one process without a process group."""

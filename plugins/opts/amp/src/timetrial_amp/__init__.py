@@ -1,0 +1,1 @@
+"""timetrial opt `amp`: bfloat16 autocast."""

@@ -1,0 +1,1 @@
+"""timetrial opt `channels_last`: images and convolution weights with the channels innermost in memory."""

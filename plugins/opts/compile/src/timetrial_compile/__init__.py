@@ -1,0 +1,1 @@
+"""timetrial opt `compile`: the model through torch.compile."""

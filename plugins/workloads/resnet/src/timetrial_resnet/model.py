@@ -44,7 +44,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = norm(width)
         inputs, self.stages = width, []

@@ -8,13 +8,11 @@ Letters: C channels, N images x height x width (of one rank, or of all).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -81,7 +79,4 @@ def batch_norm(sync: bool, device: torch.device) -> Callable[[int], nn.Module]:
     """Makes a normalisation layer for a number of channels. `sync`: over the global batch, not this rank's share."""
     if not sync:
         return nn.BatchNorm2d
-    return SyncBatchNorm2d if device.type == "cpu" else partial(nn.SyncBatchNorm)
-
-
-__all__ = ["F", "SyncBatchNorm2d", "batch_norm"]
+    return SyncBatchNorm2d if device.type == "cpu" else nn.SyncBatchNorm

@@ -1,0 +1,79 @@
+"""A process that has imported torch and core once, and forks itself for each command: half a second instead of six.
+
+The child runs `core.run.main` with the command's arguments, environment and folder, as `python -m core.run` would; what
+it does not repeat is the import. Tests whose subject is start-up itself use a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+class ForkServer:
+    """Started on first use; `run` gives (exit status, stdout, stderr), with a negative status for a signal."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
+        if self._process is None:
+            command = [sys.executable, "-m", "core.testing.forkserver"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            atexit.register(self._process.kill)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            request = {"arguments": arguments, "cwd": str(cwd), "env": env, "folder": folder}
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            code = int(self._process.stdout.readline())
+            return code, Path(folder, "stdout").read_text(), Path(folder, "stderr").read_text()
+
+
+def _serve() -> None:
+    import hydra  # noqa: F401
+    import torch._dynamo  # noqa: F401  # an optimizer's first step would import it
+
+    import core.launch
+    import core.run
+    import core.worker  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _become(request)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _become(request: dict[str, object]) -> None:
+    """Turns this process into the command; does not return."""
+    from core.run import main
+
+    os.setsid()
+    os.chdir(str(request["cwd"]))
+    os.environ.clear()
+    os.environ.update(request["env"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        descriptor = os.open(os.path.join(str(request["folder"]), name), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    sys.argv = ["core.run", *request["arguments"]]  # pyright: ignore[reportGeneralTypeIssues]
+    code = 1
+    try:
+        code = main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,86 @@
+"""The gloo backend: any number of ranks on CPUs, through torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core import INTERFACE
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Backend, BackendSpec, Devices, Evidence, Forward, Plugin, RunContext
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Evaluate = Callable[[Forward], dict[str, float]]
+
+
+def probe() -> Devices:
+    """CPUs serve any number of ranks: more ranks than cores are slow, not wrong."""
+    return Devices(provides=frozenset({"cpu"}), count=None)
+
+
+@dataclass(kw_only=True)
+class GlooConfig:
+    """Settings of `backend=gloo`."""
+
+    ddp: str = checked(choices=("auto", "always"))
+    """`auto` leaves one rank's model bare; `always` wraps it in DistributedDataParallel, to see what that costs."""
+    bucket_cap_mb: float = checked(above=0)
+    """MiB of gradients that are exchanged together while the backward pass goes on."""
+
+
+class Gloo(Plugin):
+    """Ranks on CPUs, joined by gloo."""
+
+    spec = BackendSpec(
+        interface=INTERFACE, summary="ranks on CPUs, joined by gloo (any machine)", probe=probe, preference=10
+    )
+    Config = GlooConfig
+    config: GlooConfig
+
+    @hookimpl
+    def init_backend(self, ctx: RunContext) -> Backend:
+        import torch
+
+        from timetrial_gloo import process_group
+
+        return process_group.join("gloo", torch.device("cpu"), ctx.config.launch.timeout_s)
+
+    @hookimpl
+    def distribute(self, ctx: RunContext, model: nn.Module) -> nn.Module:
+        from timetrial_gloo import process_group
+
+        if ctx.world_size == 1 and self.config.ddp == "auto":
+            return model
+        return process_group.distribute(model, ctx.device, bucket_cap_mb=self.config.bucket_cap_mb)
+
+    @hookimpl(wrapper=True)
+    def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
+        from timetrial_gloo import process_group
+
+        evaluate = yield
+        if ctx.world_size == 1:
+            return evaluate
+
+        def evaluate_alike(infer: Forward) -> dict[str, float]:
+            process_group.average_buffers(ctx.model)  # every rank must evaluate the same model
+            return evaluate(infer)
+
+        return evaluate_alike
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        from torch.nn.parallel import DistributedDataParallel
+
+        ddp = any(isinstance(m, DistributedDataParallel) for m in ctx.distributed_model.modules())
+        ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size > 1)}"
+        return Evidence(
+            plugin="gloo",
+            active=ddp or ctx.world_size == 1,
+            summary=f"{ranks} on the CPU joined; "
+            f"gradients {'are averaged by DistributedDataParallel' if ddp else 'are not exchanged'}",
+            figures={"world_size": ctx.world_size, "ddp": ddp, "bucket_cap_mb": self.config.bucket_cap_mb},
+        )

@@ -1,0 +1,86 @@
+"""The gloo backend on real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from core.errors import TimetrialError
+from timetrial_gloo import process_group
+from timetrial_gloo.plugin import probe
+
+
+def run_ranks(scenario: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), scenario]
+    return [
+        subprocess.Popen(command, env={**os.environ, **place, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+
+
+@pytest.mark.parametrize("scenario", ["exchange", "gradients", "buffers"])
+def test_two_ranks_agree(scenario: str) -> None:
+    for process in run_ranks(scenario):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+def test_a_dead_peer_fails_the_collective_and_does_not_hold_the_shutdown() -> None:
+    survivor, dead = run_ranks("dead_peer")
+    _, errors = survivor.communicate(timeout=120)
+    assert survivor.returncode == 0, errors
+    assert dead.wait() == -signal.SIGKILL
+
+
+def test_a_hung_peer_does_not_hold_the_shutdown() -> None:
+    survivor, hung = run_ranks("hung_peer")
+    try:
+        _, errors = survivor.communicate(timeout=120)
+        assert survivor.returncode == 0, errors
+    finally:
+        hung.kill()
+        hung.wait()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_rank_needs_no_launcher() -> None:
+    group = process_group.join("gloo", torch.device("cpu"), 60.0)
+    try:
+        assert (group.rank, group.world_size) == (0, 1)
+        assert group.all_gather([0.1]) == [[0.1]]
+        assert group.broadcast([1, "two"]) == [1, "two"]
+        model = process_group.distribute(nn.Linear(2, 2), group.device, bucket_cap_mb=25.0)
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+    finally:
+        group.shutdown()
+
+
+@pytest.mark.usefixtures("alone")
+def test_ranks_without_an_address_are_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TimetrialError, match="rank 1 of 2 could not join.*MASTER_ADDR"):
+        process_group.join("gloo", torch.device("cpu"), 60.0)
+
+
+def test_the_cpu_serves_any_number_of_ranks() -> None:
+    devices = probe()
+    assert (devices.provides, devices.count, devices.problem) == ({"cpu"}, None, "")

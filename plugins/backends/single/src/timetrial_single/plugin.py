@@ -1,0 +1,117 @@
+"""The plainest backend: one process, no process group, on the CPU or on one GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from core import INTERFACE
+from core.config import RunConfig, checked
+from core.errors import UsageError
+from core.hookspecs import hookimpl
+from core.types import Backend, BackendSpec, Devices, Evidence, Plugin, RunContext
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def probe() -> Devices:
+    """The CPU, and "cuda" where the NVIDIA driver lists a GPU that CUDA_VISIBLE_DEVICES does not hide.
+
+    It sees the machine and not the configuration, so "cuda" stands here even if `backend.device=cpu` leaves it unused.
+    """
+    return Devices(provides=frozenset({"cpu", "cuda"} if _sees_gpu() else {"cpu"}), count=1)
+
+
+def _sees_gpu() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no driver, or one that does not answer
+        return False
+    return int(count) > 0
+
+
+@dataclass(kw_only=True)
+class SingleConfig:
+    """Settings of `backend=single`."""
+
+    device: str = checked(choices=("auto", "cpu", "cuda"))
+    """`auto` takes the GPU if there is one."""
+
+
+class OneProcess:
+    """A `Backend` of one rank, whose collectives have nobody to ask."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def all_gather(self, values: list[float]) -> list[list[float]]:
+        return [[float(value) for value in values]]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":  # work on the CPU is done when its call returns
+            import torch
+
+            torch.accelerator.synchronize(self.device)
+
+    def shutdown(self) -> None:
+        """There is nothing to leave."""
+
+
+class Single(Plugin):
+    """One process without torch.distributed."""
+
+    spec = BackendSpec(
+        interface=INTERFACE, summary="one process without a process group, CPU or one GPU", probe=probe, max_ranks=1
+    )
+    Config = SingleConfig
+    config: SingleConfig
+
+    @hookimpl
+    def environment(self, config: RunConfig) -> dict[str, str]:
+        # cuBLAS needs a fixed workspace to give the same bits each time (NVIDIA's cuBLAS guide, "Results reproducibility").
+        needed = config.deterministic and self.config.device != "cpu"
+        return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if needed else {}
+
+    @hookimpl
+    def init_backend(self, ctx: RunContext) -> Backend:
+        import torch
+
+        usable = torch.cuda.is_available()
+        if self.config.device == "cuda" and not usable:
+            raise UsageError(
+                f"backend.device=cuda, but torch {torch.__version__} finds no GPU that it can use: use backend.device=cpu"
+            )
+        if self.config.device == "cpu" or not usable:
+            return OneProcess(torch.device("cpu"))
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        return OneProcess(device)
+
+    @hookimpl
+    def distribute(self, model: nn.Module) -> nn.Module:
+        return model
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        weights = {str(p.device) for p in ctx.model.parameters()}
+        return Evidence(
+            plugin="single",
+            active=weights <= {str(ctx.device)},
+            summary=f"one process; the model's parameters lie on {', '.join(sorted(weights)) or 'no device'}",
+            figures={"device": str(ctx.device), "parameter_devices": sorted(weights)},
+        )

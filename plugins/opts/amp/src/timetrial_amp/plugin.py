@@ -1,0 +1,75 @@
+"""The opt `amp`: automatic mixed precision in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from core import INTERFACE
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Evidence, OptSpec, Plugin, RunContext
+
+if TYPE_CHECKING:
+    from timetrial_amp.autocast import AutocastLoss
+
+COMPONENTS = frozenset({"loss", "infer"})
+"""The two forward passes that core offers: of training and of evaluation."""
+
+
+@dataclass(kw_only=True)
+class AmpConfig:
+    """Settings of `opt.amp`."""
+
+    dtype: str = checked(choices=("bfloat16",))
+    """The 16-bit format; float16 would need loss scaling, which is not offered."""
+
+
+class Amp(Plugin):
+    """Runs the forward passes of training and of evaluation under bfloat16 autocast."""
+
+    spec = OptSpec(
+        interface=INTERFACE,
+        summary="bfloat16 autocast: matrix products and convolutions in 16 bits",
+        numerics="changes",
+        components=COMPONENTS,
+    )
+    Config = AmpConfig
+    config: AmpConfig
+
+    _loss: AutocastLoss | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name not in COMPONENTS:
+            return inner
+        import torch
+
+        from timetrial_amp.autocast import AutocastLoss, autocast
+
+        dtype = getattr(torch, self.config.dtype)
+        if name == "infer":
+            return autocast(inner, ctx.device.type, dtype)
+        self._loss = AutocastLoss(inner, ctx.device.type, dtype)
+        return self._loss
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        from timetrial_amp.autocast import native_bfloat16
+
+        seen = self._loss.observed if self._loss else None
+        if seen is None:
+            return Evidence(plugin="amp", active=False, summary="no training step has run yet")
+        parts: list[str] = []
+        if seen.eager:
+            parts.append(f"{seen.eager_low} of {seen.eager} matrix products and convolutions gave {self.config.dtype}")
+        if seen.compiled:
+            parts.append(f"compiled graphs kept {seen.compiled_low} of {seen.compiled} tensors in {self.config.dtype}")
+        native = native_bfloat16(ctx.device)
+        parts = parts or ["the step holds no matrix product or convolution"]
+        parts.append(f"the {ctx.device.type} {'has' if native else 'lacks'} native bfloat16 arithmetic")
+        return Evidence(
+            plugin="amp", active=seen.active, summary="; ".join(parts), figures={**asdict(seen), "native": native}
+        )

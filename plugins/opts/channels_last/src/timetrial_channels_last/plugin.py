@@ -1,0 +1,65 @@
+"""The opt `channels_last`: the memory format in which most fast convolution kernels work."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core import INTERFACE
+from core.hookspecs import hookimpl
+from core.types import Batch, Evidence, OptSpec, Plugin, RunContext
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timetrial_channels_last.layout import Batches
+
+
+@dataclass(kw_only=True)
+class ChannelsLastConfig:
+    """It has no settings."""
+
+
+class ChannelsLast(Plugin):
+    """Keeps convolution weights and images with the channels innermost."""
+
+    spec = OptSpec(
+        interface=INTERFACE, summary="images and convolution weights in channels-last layout", numerics="tolerance"
+    )
+    Config = ChannelsLastConfig
+    config: ChannelsLastConfig
+
+    _batches: Batches | None = None
+
+    @hookimpl(wrapper=True)
+    def prepare_model(self) -> Generator[None, nn.Module, nn.Module]:
+        from timetrial_channels_last.layout import convert_weights
+
+        return convert_weights((yield))
+
+    @hookimpl(wrapper=True)
+    def wrap_batches(self) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+        from timetrial_channels_last.layout import Batches
+
+        self._batches = Batches((yield))
+        return self._batches
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        from timetrial_channels_last.layout import probe, share_of_weights
+
+        converted, weights = share_of_weights(ctx.model)
+        kept = probe(ctx.model)
+        images = self._batches.images if self._batches else None
+        parts = [f"{converted} of {weights} 4-D weights are channels-last"]
+        if kept is not None:
+            parts.append(f"a convolution of the model {'keeps' if kept else 'loses'} the layout")
+        if images is not None:
+            parts.append(f"{images} tensor{'s' * (images != 1)} of a batch converted")
+        return Evidence(
+            plugin="channels_last",
+            active=converted == weights > 0 and kept is not False and images != 0,
+            summary="; ".join(parts),
+            figures={"weights": weights, "weights_channels_last": converted, "probe_kept": kept, "images": images},
+        )
