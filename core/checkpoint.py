@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from core.errors import CheckpointError
 from core.types import Backend
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was loaded: the state that all ranks share and this rank's own."""
+
+    step: int
+    shared: dict[str, Any]
+    local: dict[str, Any]
 
 
 class Checkpointer:
@@ -80,8 +90,8 @@ class Checkpointer:
         """Steps of the complete checkpoints, newest first."""
         return sorted((int(p.name[5:]) for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
 
-    def load(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The newest intact checkpoint as `(step, shared, local)`; None where none was ever completed.
+    def load(self) -> Saved | None:
+        """The newest intact checkpoint; None where none was ever completed.
 
         Raises CheckpointError where there are checkpoints but every one is damaged.
         """
@@ -91,7 +101,7 @@ class Checkpointer:
         folder = self.folder / f"step_{chosen:08d}"
         manifest = json.loads((folder / "manifest.json").read_text())
         rank = self.backend.rank if self.backend.rank < manifest["world_size"] else 0
-        return chosen, _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}")
+        return Saved(chosen, _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}"))
 
     def _newest_intact(self) -> int | None:
         problems: list[str] = []

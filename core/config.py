@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,13 +20,17 @@ from core.errors import UsageError, nearest
 T = TypeVar("T")
 
 
-def checked(
-    *, at_least: float | None = None, above: float | None = None, at_most: float | None = None, choices: Any = None
-) -> Any:
-    """A dataclass field whose value `validate` holds to a range or to a choice. None passes where the type allows it."""
-    return dataclasses.field(
-        metadata={"at_least": at_least, "above": above, "at_most": at_most, "choices": choices}, kw_only=True
-    )
+def checked(*, choices: tuple[str, ...] | None = None, **bounds: float) -> Any:
+    """A dataclass field that `validate` holds to `choices`, or to the bounds `at_least`, `above` and `at_most`."""
+    assert bounds.keys() <= _BOUNDS.keys()
+    return dataclasses.field(metadata={"choices": choices, "bounds": bounds})
+
+
+_BOUNDS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "a number above"),
+    "at_most": (operator.le, "at most"),
+}
 
 
 @dataclass(kw_only=True)
@@ -117,21 +122,26 @@ def _join(where: str, key: str) -> str:
 
 def _check_ranges(config: Any, where: str) -> None:
     for item in dataclasses.fields(config):
-        value, name, rule = getattr(config, item.name), _join(where, item.name), item.metadata
+        value, name = getattr(config, item.name), _join(where, item.name)
         if dataclasses.is_dataclass(value):
             _check_ranges(value, name)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} is {value}; a finite number is expected")
-        elif value is None or not rule:
-            continue
-        elif rule["choices"] is not None and value not in rule["choices"]:
-            raise UsageError(f"{name}={value}: {nearest(str(value), map(str, rule['choices']))}")
-        elif rule["at_least"] is not None and value < rule["at_least"]:
-            raise UsageError(f"{name}={value} is out of range; at least {rule['at_least']} is expected")
-        elif rule["above"] is not None and value <= rule["above"]:
-            raise UsageError(f"{name}={value} is out of range; a number above {rule['above']} is expected")
-        elif rule["at_most"] is not None and value > rule["at_most"]:
-            raise UsageError(f"{name}={value} is out of range; at most {rule['at_most']} is expected")
+        elif value is not None and item.metadata:
+            if item.metadata["choices"] and value not in item.metadata["choices"]:
+                raise UsageError(f"{name}={value}: {nearest(str(value), item.metadata['choices'])}")
+            for bound, limit in item.metadata["bounds"].items():
+                holds, words = _BOUNDS[bound]
+                if not holds(value, limit):
+                    raise UsageError(f"{name}={value} is out of range; {words} {limit:g} is expected")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; inner nodes are left out."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    items = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for item in items for key, value in item.items()}
 
 
 def parse_seed(value: Any) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from core.config import RunConfig
+from core.config import RunConfig, flatten
 from core.errors import EXIT_FAILED, EXIT_STOPPED, TimetrialError, UsageError
 from core.record import EXIT_CODES, read_result, update_result, write_failure
 from core.resolve import RUN_KEYS, Attempt, RunPlan
@@ -100,22 +100,12 @@ def _difference(old: RunPlan, new: RunPlan) -> str:
     """The first things that differ between two plans, in words."""
     if old.world_size != new.world_size:
         return f"the world size ({old.world_size} to {new.world_size})"
-    before, after = (dict(_flatten(p.config)) for p in (old, new))
+    before, after = flatten(old.config), flatten(new.config)
     keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     keys = [k for k in keys if k.partition(".")[0] not in RUN_KEYS]
     if keys:
         return ", ".join(f"{k} ({before.get(k)} to {after.get(k)})" for k in keys[:3])
-    return "the code of " + ", ".join(
-        p.name for p in new.plugins if p not in old.plugins
-    )
-
-
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
+    return "the code of " + ", ".join(p.name for p in new.plugins if p not in old.plugins)
 
 
 def _new_folder(workload: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.types import Batch, Position, RunContext, Step
@@ -16,8 +16,7 @@ from core.types import Batch, Position, RunContext, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.record import Record
-    from core.watch import Clock, Watch
+    from core.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -33,9 +32,7 @@ class Race:
     """None on synthetic data, which has no quality."""
     hooks: Any
     watch: Watch
-    clock: Clock
-    record: Record
-    quality: dict[str, float]
+    quality: dict[str, float] = field(default_factory=dict[str, float])
     """Of the last evaluation, which came after step `evaluated_step`."""
     evaluated_step: int = -1
 
@@ -99,7 +96,7 @@ def _evaluate(race: Race, losses: list[Tensor]) -> bool:
     position, workload = race.position, race.ctx.workload
     race.watch.close_block(position, losses)
     quality = race.evaluate()
-    race.quality.update(quality)
+    race.quality = quality
     race.evaluated_step = position.step
     race.watch.evaluated(position, quality)
     race.hooks.on_eval(ctx=race.ctx, position=position, quality=quality)

@@ -41,7 +41,7 @@ class Progress:
     def evaluated(self, position: Position, seconds: float, quality: Mapping[str, float]) -> None:
         self.quality = ", ".join(f"{t.metric} {quality[t.metric]:.4f} (target {t.value:g})" for t in self.targets)
         if self._enabled:
-            self._print(f"{seconds:8.1f} s  epoch {position.epoch - (position.batch == 0):<3} {self.quality}")
+            self._print(f"{seconds:8.1f} s  epoch {position.epochs_done:<3} {self.quality}")
 
     def close(self) -> None:
         if self._live is not None:

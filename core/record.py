@@ -17,6 +17,7 @@ from typing import IO, Any
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
+from core.config import SubmissionConfig
 from core.errors import EXIT_DIVERGED, EXIT_FAILED, EXIT_NOT_CONVERGED, EXIT_STOPPED, EXIT_SUCCESS, TimetrialError
 from core.types import Evidence, Position, Workload
 
@@ -33,11 +34,17 @@ EXIT_CODES = {
 
 
 class Record:
-    """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved."""
+    """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved.
+
+    `mllog` is the official logger; on ranks other than 0 it writes nowhere.
+    """
 
     def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
         self.run_dir, self.enabled, self.continued = run_dir, enabled, bool(offsets)
         self._files: dict[str, IO[str]] = {}
+        logger = logging.Logger("timetrial.mllog", logging.INFO)  # its own: one run's lines must not reach another's log
+        logger.addHandler(logging.NullHandler())
+        self.mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
         if not enabled:
             return
         try:
@@ -47,35 +54,17 @@ class Record:
                 os.truncate(path, (offsets or {}).get(name, 0))
                 self._files[name] = path.open("a")
         except OSError as error:
-            raise TimetrialError(
-                f"cannot write {error.filename}: {error.strerror}; choose another run_dir"
-            ) from None
-        logger = logging.Logger("timetrial.mllog", logging.INFO)  # its own: one run's lines must not reach another's log
+            raise TimetrialError(f"cannot write {error.filename}: {error.strerror}; choose another run_dir") from None
         logger.addHandler(logging.StreamHandler(self._files["result_0.txt"]))
-        self._mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
-
-    # ------------------------------------------------------------------------------------------------- mllog
-
-    def event(self, key: str, value: Any = None, **metadata: Any) -> None:
-        if self.enabled:
-            self._mllog.event(key, value, metadata)
-
-    def start(self, key: str, **metadata: Any) -> None:
-        if self.enabled:
-            self._mllog.start(key, None, metadata)
-
-    def end(self, key: str, **metadata: Any) -> None:
-        if self.enabled:
-            self._mllog.end(key, None, metadata)
 
     def init_start(self) -> None:
-        """The run's caches cannot be flushed by an ordinary user, so the log says that they were not."""
+        """An ordinary user cannot flush the system's caches, so the log says that they were not."""
         if not self.continued:
-            self.event(constants.CACHE_CLEAR, False)
-            self.start(constants.INIT_START)
+            self.mllog.event(constants.CACHE_CLEAR, False)
+            self.mllog.start(constants.INIT_START)
 
-    def init_stop(self, submission: Any, workload: Workload, accumulation: int, seed: int, weights: list[str]) -> None:
-        """The header that the official checker wants, and the end of initialisation and the start of the clock."""
+    def init_stop(self, submission: SubmissionConfig, workload: Workload, extra: Mapping[str, Any], weights: list[str]) -> None:
+        """The header that the official checker wants, the end of initialisation and the start of the clock."""
         if self.continued:
             return
         header = {
@@ -84,23 +73,16 @@ class Record:
             constants.SUBMISSION_DIVISION: submission.division,
             constants.SUBMISSION_STATUS: submission.status,
             constants.SUBMISSION_PLATFORM: submission.platform,
-            constants.SEED: seed,
             constants.TRAIN_SAMPLES: workload.train_samples,
             constants.EVAL_SAMPLES: workload.eval_samples,
-            constants.GRADIENT_ACCUMULATION_STEPS: accumulation,
             constants.GLOBAL_BATCH_SIZE: workload.global_batch_size,
         }
-        for key, value in (header | dict(workload.log_values())).items():
-            self.event(key, value)
+        for key, value in {**header, **extra, **workload.log_values()}.items():
+            self.mllog.event(key, value)
         for name in weights:
-            self.event(constants.WEIGHTS_INITIALIZATION, tensor=name)
-        self.end(constants.INIT_STOP)
-        self.start(constants.RUN_START)
-
-    def evaluation(self, epoch_num: int, value: float | dict[str, float]) -> None:
-        self.event(constants.EVAL_ACCURACY, value, epoch_num=epoch_num)
-
-    # ----------------------------------------------------------------------------------------------- our own
+            self.mllog.event(constants.WEIGHTS_INITIALIZATION, None, {"tensor": name})
+        self.mllog.end(constants.INIT_STOP)
+        self.mllog.start(constants.RUN_START)
 
     def metrics(self, position: Position, **values: Any) -> None:
         """One line of metrics.jsonl."""

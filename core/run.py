@@ -82,13 +82,6 @@ def _show(error: Exception, debug: bool) -> None:
     print(f"timetrial: {error}", file=sys.stderr)
 
 
-def _take(arguments: list[str], flag: str) -> bool:
-    found = flag in arguments
-    while flag in arguments:
-        arguments.remove(flag)
-    return found
-
-
 def _take_values(arguments: list[str], flag: str) -> list[str]:
     """The values of every `flag VALUE` and `flag=VALUE`, which are removed."""
     values: list[str] = []
@@ -103,7 +96,8 @@ def _take_values(arguments: list[str], flag: str) -> list[str]:
 
 
 def _main(arguments: list[str]) -> int:
-    debug, trace = _take(arguments, "--debug"), _take(arguments, "--trace-hooks")
+    debug, trace = "--debug" in arguments, "--trace-hooks" in arguments
+    arguments = [a for a in arguments if a not in ("--debug", "--trace-hooks")]
     blocked, allowed = _take_values(arguments, "--no-plugin"), _take_values(arguments, "--only-plugins")
     if "--version" in arguments:
         print(__version__)
@@ -125,6 +119,7 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trac
     from omegaconf.errors import OmegaConfBaseException
 
     from core.launch import launch, summary
+    from core.record import write_failure
     from core.resolve import resolve
     from core.sweep import Sweep
 
@@ -145,8 +140,9 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trac
                 print(f"timetrial: {summary(run_dir)}", file=sys.stdout if code == 0 else sys.stderr, flush=True)
         except TimetrialError as error:
             _show(error, debug)
-            run_dir, code = None, error.exit_code
-            sweep.note(error.message)
+            run_dir, code = Path(config.run_dir or ""), error.exit_code
+            if multirun:
+                write_failure(run_dir, {"kind": error.kind, "status": error.status, "message": error.message})
         outcome[0] = code
         if multirun:
             sweep.add(list(hydra_config.overrides.task), run_dir, code)
@@ -221,23 +217,15 @@ def _known_keys(arguments: list[str], unknown: str) -> list[str]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
+    from core.config import flatten
+
     GlobalHydra.instance().clear()
     overrides = [a for a in arguments if "=" in a and not a.startswith("-") and unknown not in a]
     try:
         with initialize_config_dir(str(conf_dir()), version_base=None):
-            tree = OmegaConf.to_container(compose("config", overrides), resolve=False)
+            return list(flatten(OmegaConf.to_container(compose("config", overrides), resolve=False)))
     except HydraException:
         return []
-    keys: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for name, value in node.items():
-            keys.append(prefix + str(name))
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-
-    walk(tree, "")
-    return keys
 
 
 if __name__ == "__main__":

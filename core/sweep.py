@@ -14,9 +14,8 @@ from core.record import read_result
 @dataclass(frozen=True)
 class Job:
     overrides: list[str]
-    run_dir: Path | None
+    run_dir: Path
     code: int
-    message: str
 
 
 class Sweep:
@@ -24,7 +23,6 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
-        self._message = ""
         self._folder = ""
 
     def folder(self) -> str:
@@ -34,13 +32,8 @@ class Sweep:
             self._folder = str(Path("runs", f"{stamp}-sweep-{secrets.token_hex(2)}").absolute())
         return self._folder
 
-    def note(self, message: str) -> None:
-        """Why the job about to be added failed before it had a run folder."""
-        self._message = message
-
-    def add(self, overrides: list[str], run_dir: Path | None, code: int) -> None:
-        self.jobs.append(Job(overrides, run_dir, code, self._message))
-        self._message = ""
+    def add(self, overrides: list[str], run_dir: Path, code: int) -> None:
+        self.jobs.append(Job(overrides, run_dir, code))
 
     def print_table(self) -> None:
         if not self.jobs:
@@ -51,8 +44,8 @@ class Sweep:
 
         table = Table("job", "overrides", "status", "time to train", "quality", "samples/s", box=box.SIMPLE)
         for number, job in enumerate(self.jobs):
-            result = read_result(job.run_dir) if job.run_dir else {}
-            error = (result.get("error") or {}).get("message") or job.message
+            result = read_result(job.run_dir)
+            error = (result.get("error") or {}).get("message", "")
             seconds, speed = result.get("time_to_train_s"), result.get("samples_per_s")
             quality = ", ".join(f"{k} {v:.4f}" for k, v in (result.get("quality") or {}).items())
             table.add_row(

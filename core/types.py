@@ -157,6 +157,11 @@ class Position:
     step: int = 0
     samples: int = 0
 
+    @property
+    def epochs_done(self) -> int:
+        """Epochs begun, or finished where none is under way."""
+        return self.epoch - (self.batch == 0)
+
 
 # ------------------------------------------------------------------------------------------------------- protocols
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,12 +30,16 @@ class Clock:
     """Seconds since the run started. A resumed run carries on; in between, the wall clock has gone on as well."""
 
     def __init__(self) -> None:
-        self.started_at: float | None = None  # Unix time of the very first start
+        self.started_at = 0.0  # Unix time of the very first start
         self._carried, self._start = 0.0, 0.0
 
-    def start(self, carried: float = 0.0, started_at: float | None = None) -> None:
-        self._carried, self._start = carried, time.perf_counter()
-        self.started_at = started_at or time.time()
+    def carry(self, seconds: float, started_at: float) -> None:
+        """Takes over from the run that is continued."""
+        self._carried, self.started_at = seconds, started_at
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+        self.started_at = self.started_at or time.time()
 
     def seconds(self) -> float:
         """Time on the clock in the processes that ran, in seconds."""
@@ -77,11 +80,13 @@ class Signals:
 class Watch:
     """Looks after the loop. `due` is the step at which to look next, the same on every rank."""
 
-    def __init__(
-        self, ctx: RunContext, clock: Clock, record: Record, hooks: Any, signals: Signals, save: Callable[[], None]
-    ) -> None:
-        self.ctx, self.clock, self.record, self.hooks, self.save = ctx, clock, record, hooks, save
-        workload, self.signals = ctx.workload, signals
+    save: Callable[[], None]
+    """Writes a checkpoint; set once all that it saves exists."""
+
+    def __init__(self, ctx: RunContext, clock: Clock, record: Record, hooks: Any, signals: Signals) -> None:
+        self.ctx, self.clock, self.record, self.hooks, self.signals = ctx, clock, record, hooks, signals
+        self._mllog = record.mllog
+        workload = ctx.workload
         self.progress = Progress(ctx.rank == 0, workload.targets, workload.max_epochs, workload.train_samples)
         self.due = 1
         self.block_epoch = 0
@@ -99,7 +104,8 @@ class Watch:
         self.due = 0
 
     def begin(self, position: Position) -> None:
-        """Starts measuring; `position` is where training (re)starts."""
+        """Starts the clock; `position` is where training (re)starts."""
+        self.clock.start()
         self._last = Position(**vars(position))
         self._look_at = self._saved_at = time.perf_counter()
         self._schedule(position.step, 1)
@@ -112,7 +118,7 @@ class Watch:
             self.block_epoch = position.epoch
             cadence = self.ctx.workload.eval_cadence
             count = cadence.next_after(position.epoch - 1) - position.epoch + 1 if cadence.unit == "epochs" else 1
-            self.record.start(constants.BLOCK_START, first_epoch_num=position.epoch, epoch_count=count)
+            self._mllog.start(constants.BLOCK_START, None, {"first_epoch_num": position.epoch, "epoch_count": count})
             self.hooks.on_block(ctx=self.ctx, position=position, event="start")
             self._look_at = time.perf_counter()
 
@@ -121,29 +127,28 @@ class Watch:
         if losses:
             self._exchange(position, losses)
         self._check_parameters(position)
-        self.record.end(constants.BLOCK_STOP, first_epoch_num=self.block_epoch)
+        self._mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
         self.hooks.on_block(ctx=self.ctx, position=position, event="stop")
-        self.record.start(constants.EVAL_START, epoch_num=self._epoch_num(position))
+        self._mllog.start(constants.EVAL_START, None, self._epoch_num(position))
         self.block_epoch = 0
 
     def evaluated(self, position: Position, quality: dict[str, float]) -> None:
-        values = list(quality.values())
-        epoch_num = self._epoch_num(position)
         targets = self.ctx.workload.targets
         several = {target.log_name: quality[target.metric] for target in targets}
-        self.record.evaluation(epoch_num, several if len(targets) > 1 else quality[targets[0].metric])
-        self.record.end(constants.EVAL_STOP, epoch_num=epoch_num)
+        accuracy = several if len(targets) > 1 else quality[targets[0].metric]
+        self._mllog.event(constants.EVAL_ACCURACY, accuracy, self._epoch_num(position))
+        self._mllog.end(constants.EVAL_STOP, None, self._epoch_num(position))
         seconds = self.clock.seconds()
         self.record.metrics(position, time_s=seconds, quality=quality)
         self.progress.evaluated(position, seconds, quality)
         self._look_at = time.perf_counter()
-        if not all(map(math.isfinite, values)):
+        if not all(map(math.isfinite, quality.values())):
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
 
-    def _epoch_num(self, position: Position) -> int:
-        """Epochs done, or samples where the cadence counts those (as the reference's BERT does)."""
+    def _epoch_num(self, position: Position) -> dict[str, int]:
+        """Metadata of an evaluation: epochs done, or samples where the cadence counts those (as the reference's BERT does)."""
         by_samples = self.ctx.workload.eval_cadence.unit == "samples"
-        return position.samples if by_samples else position.epoch - (position.batch == 0)
+        return {"epoch_num": position.samples if by_samples else position.epochs_done}
 
     # --------------------------------------------------------------------------------------------------- looks
 
@@ -227,8 +232,3 @@ class Watch:
                 rank=ranks[0],
                 step=position.step,
             )
-
-
-def say(line: str) -> None:
-    """A message to the person at the terminal, on stderr."""
-    print(f"timetrial: {line}", file=sys.stderr, flush=True)

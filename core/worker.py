@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ import torch
 from mlperf_logging.mllog import constants
 
 from core.testing import faults
-from core.checkpoint import Checkpointer, generator_states, parameters_hash, set_generator_states
+from core.checkpoint import Checkpointer, Saved, generator_states, parameters_hash, set_generator_states
 from core.errors import OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
 from core.loop import Race, train
 from core.record import EXIT_CODES, Record, write_json
 from core.resolve import Attempt, RunPlan, plugin_manager
 from core.system import describe_system
-from core.types import Batch, Evidence, OptSpec, Outputs, Position, RunContext, StepParts
+from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, Position, RunContext, Step, StepParts
 from core.watch import Clock, Signals, Watch
 
 
@@ -105,18 +105,19 @@ def _run(plan: RunPlan, attempt: Attempt, signals: Signals, position: Position) 
     ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ctx.backend = hooks.init_backend(ctx=ctx)
     try:
-        _agree(ctx, plan)
+        attempt = _agree(ctx, plan, attempt)
         return _run_joined(plan, attempt, signals, position, ctx, manager)
     finally:
         ctx.backend.shutdown()
 
 
-def _agree(ctx: RunContext, plan: RunPlan) -> None:
-    """Every rank runs rank 0's plan, with its seed and run folder; under an outer launcher each rank composed its own."""
-    run_dir, seed, plan_hash = ctx.backend.broadcast([str(ctx.run_dir), plan.seed, plan.hash()])
-    ctx.run_dir, ctx.seed = Path(run_dir), seed
+def _agree(ctx: RunContext, plan: RunPlan, attempt: Attempt) -> Attempt:
+    """Every rank runs rank 0's plan, seed and attempt: under an outer launcher each rank has composed its own."""
+    theirs, ctx.seed, plan_hash = ctx.backend.broadcast([asdict(attempt), plan.seed, plan.hash()])
     if plan_hash != plan.hash():
         raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
+    ctx.run_dir = Path(theirs["run_dir"])
+    return Attempt(**theirs)
 
 
 def _run_joined(
@@ -128,12 +129,12 @@ def _run_joined(
     source = Checkpointer(Path(attempt.resume_from) / "checkpoints", backend, 2) if attempt.resume_from else None
     saved = source.load() if source else None
     same_run = attempt.resume_from == attempt.run_dir
-    record = Record(ctx.run_dir, ctx.rank == 0, saved[1]["logs"] if saved and same_run else None)
-    scored = not ctx.synthetic and not attempt.changed and (not attempt.restarts or config.score_restarts)
-    started_at = time.time()
+    record = Record(ctx.run_dir, ctx.rank == 0, saved.shared["logs"] if saved and same_run else None)
+    restarts = attempt.restarts if saved else 0  # what was stopped before its first checkpoint starts anew
+    scored = not ctx.synthetic and not attempt.changed and (not restarts or config.score_restarts)
     record.result(
         status="running", time_to_train_s=None, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size,
-        plan_hash=plan.hash(), plugins=[asdict(p) for p in plan.plugins], restarts=attempt.restarts,
+        plan_hash=plan.hash(), plugins=[asdict(p) for p in plan.plugins], restarts=restarts,
         changed=attempt.changed, deterministic=config.deterministic, error=None,
     )  # fmt: skip
     record.init_start()
@@ -149,75 +150,50 @@ def _run_joined(
     if exchange is not None:
         ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
     ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
-    step, infer = _build_steps(ctx, hooks, prepared)
+    forward_backward, step, infer = _build_steps(ctx, hooks, prepared)
     evaluate_all = hooks.wrap_evaluate(ctx=ctx, evaluate=workload.evaluate)
     _refuse_unused(plan, offered)
-    _warm_up(ctx, step.forward_backward, infer)
-    record.evidence({"warm_up": (evidence := _collect_evidence(ctx, hooks))})
+    _warm_up(ctx, forward_backward, infer)
+    evidence = {"warm_up": _collect_evidence(ctx, hooks)}
 
-    clock, quality, carried = Clock(), dict[str, float](), {"clock_s": 0.0, "started_at": None, "train_s": 0.0}
-    watch = Watch(ctx, clock, record, hooks, signals, lambda: save())
+    watch = Watch(ctx, Clock(), record, hooks, signals)
     race = Race(
-        ctx=ctx, position=position, step=_with_faults(step.whole, ctx, position), hooks=hooks, watch=watch, clock=clock,
-        record=record, quality=quality,
+        ctx=ctx, position=position, step=_with_faults(step, ctx, position), hooks=hooks, watch=watch,
         batches=lambda epoch, first: hooks.wrap_batches(ctx=ctx, batches=_epoch(ctx, epoch, first)),
         evaluate=None if ctx.synthetic else lambda: _evaluate(ctx, evaluate_all, infer),
     )  # fmt: skip
-
-    def save() -> None:
-        shared = {
-            "model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), "position": vars(position),
-            "quality": quality, "evaluated_step": race.evaluated_step, "block_epoch": watch.block_epoch,
-            "logs": record.offsets(), "clock_s": clock.seconds(), "started_at": clock.started_at,
-            "train_s": watch.train_seconds,
-        }  # fmt: skip
-        local = {
-            "generators": generator_states(backend.device), "workload": workload.state_dict(),
-            "plugins": {name: plugin.state_dict() for name, plugin in _stateful(manager)},
-        }  # fmt: skip
-        checkpointer.save(position.step, shared, local)
-
+    watch.save = lambda: checkpointer.save(position.step, _shared_state(race), _local_state(ctx, manager))
     if saved is not None:
-        _, carried, local = saved
-        ctx.model.load_state_dict(carried["model"])
-        ctx.optimizer.load_state_dict(carried["optimizer"])
-        for name, value in carried["position"].items():
-            setattr(position, name, value)
-        quality.update(carried["quality"])
-        race.evaluated_step = carried["evaluated_step"]
-        watch.block_epoch, watch.train_seconds = carried["block_epoch"] if same_run else 0, carried["train_s"]
-        workload.load_state_dict(local["workload"])
-        for name, plugin in _stateful(manager):
-            plugin.load_state_dict(local["plugins"].get(name, {}))
-        set_generator_states(backend.device, local["generators"])
+        _restore(race, manager, saved, same_run)
 
     backend.all_gather([0.0])  # every rank is ready: the clock starts for all
-    accumulation = int(ctx.figures.get("gradient_accumulation_steps", 1))
-    record.init_stop(config.submission, workload, accumulation, ctx.seed, workload.weight_names(ctx.model))
-    clock.start(carried["clock_s"], carried["started_at"])
-    watch.begin(position)
+    steps_key = constants.GRADIENT_ACCUMULATION_STEPS
+    extra = {constants.SEED: ctx.seed, steps_key: ctx.figures.get(steps_key, 1)}
+    record.init_stop(config.submission, workload, extra, workload.weight_names(ctx.model))
+    watch.begin(position)  # starts the clock
     try:
         status = train(race)
         backend.synchronize()
-        clock_s, ended_at = clock.seconds(), time.time()
-        record.end(constants.RUN_STOP, status="success" if status == "success" else "aborted")
+        clock_s, ended_at = watch.clock.seconds(), time.time()
+        record.mllog.end(constants.RUN_STOP, None, {"status": "success" if status == "success" else "aborted"})
     finally:
         watch.progress.close()
 
-    evidence_end = _collect_evidence(ctx, hooks)
-    record.evidence({"warm_up": evidence, "end": evidence_end})
+    evidence["end"] = _collect_evidence(ctx, hooks)
+    record.evidence(evidence)
     if config.checkpoint.at_end and status != "stopped":
-        save()
+        watch.save()
     if ctx.rank == 0:
         write_json(ctx.run_dir / "system.json", describe_system(config.submission, ctx.world_size))
-    time_to_train = (ended_at - (clock.started_at or started_at)) if attempt.restarts else clock_s
+    # The clock never pauses: a resumed run that is to be scored counts the time in between as well.
+    time_to_train = ended_at - watch.clock.started_at if restarts else clock_s
     record.result(
         status=status, time_to_train_s=time_to_train if status == "success" and scored else None, scored=scored,
-        wall_s=clock_s, quality=quality, target={t.metric: t.value for t in workload.targets}, samples=position.samples,
-        steps=position.step, epochs=position.epoch - (position.batch == 0),
+        wall_s=clock_s, quality=race.quality, target={t.metric: t.value for t in workload.targets}, samples=position.samples,
+        steps=position.step, epochs=position.epochs_done,
         samples_per_s=position.samples / watch.train_seconds if watch.train_seconds else None,
-        evidence={e.plugin: {"active": e.active, "summary": e.summary} for e in evidence_end},
-        figures=ctx.figures, parameters_sha256=parameters_hash(ctx.model), init_s=None,
+        evidence={e.plugin: {"active": e.active, "summary": e.summary} for e in evidence["end"]},
+        figures=ctx.figures, parameters_sha256=parameters_hash(ctx.model),
         system={"file": "system.json", "threads": torch.get_num_threads(), "device": str(backend.device)},
     )  # fmt: skip
     record.close()
@@ -257,14 +233,8 @@ def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Steps:
-    forward_backward: Callable[[Batch], Outputs]
-    whole: Callable[[Batch], Outputs]
-
-
-def _build_steps(ctx: RunContext, hooks: Any, prepared: Any) -> tuple[_Steps, Callable[[Any], Any]]:
-    """The training step and the inference function, as the opts made them."""
+def _build_steps(ctx: RunContext, hooks: Any, prepared: Any) -> tuple[Step, Step, Forward]:
+    """The first half of a training step, the whole step and the inference function, as the opts made them."""
     workload, model, optimizer = ctx.workload, ctx.distributed_model, ctx.optimizer
     loss_function = ctx.component("loss", workload.loss)
     infer_function = ctx.component("infer", workload.infer)
@@ -280,21 +250,20 @@ def _build_steps(ctx: RunContext, hooks: Any, prepared: Any) -> tuple[_Steps, Ca
         optimizer.zero_grad()
 
     parts = hooks.build_step(ctx=ctx, parts=StepParts(forward_backward, update))
-    run_forward_backward, run_update = parts.forward_backward, parts.update
 
-    def whole(batch: Batch) -> Outputs:
-        outputs = run_forward_backward(batch)
-        run_update()
+    def step(batch: Batch) -> Outputs:
+        outputs = parts.forward_backward(batch)
+        parts.update()
         return outputs
 
     def infer(data: Any) -> Any:
         return infer_function(prepared, data)
 
-    step = hooks.wrap_step(ctx=ctx, step=whole, purpose="train")
-    return _Steps(parts.forward_backward, step), hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
+    train_step = hooks.wrap_step(ctx=ctx, step=step, purpose="train")
+    return parts.forward_backward, train_step, hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
 
 
-def _warm_up(ctx: RunContext, forward_backward: Callable[[Batch], Outputs], infer: Callable[[Any], Any]) -> None:
+def _warm_up(ctx: RunContext, forward_backward: Step, infer: Forward) -> None:
     """Runs the parts of a step on synthetic data before the clock, as the rules allow, and leaves no trace of it."""
     if ctx.config.warmup_steps == 0:
         return
@@ -320,7 +289,7 @@ def _epoch(ctx: RunContext, epoch: int, first_batch: int) -> Any:
     return ctx.workload.batches(epoch, first_batch)
 
 
-def _evaluate(ctx: RunContext, evaluate_all: Callable[[Any], dict[str, float]], infer: Any) -> dict[str, float]:
+def _evaluate(ctx: RunContext, evaluate_all: Callable[[Forward], dict[str, float]], infer: Forward) -> dict[str, float]:
     ctx.model.eval()
     with torch.no_grad():
         quality = evaluate_all(infer)
@@ -328,7 +297,7 @@ def _evaluate(ctx: RunContext, evaluate_all: Callable[[Any], dict[str, float]], 
     return quality
 
 
-def _with_faults(step: Callable[[Batch], Outputs], ctx: RunContext, position: Position) -> Callable[[Batch], Outputs]:
+def _with_faults(step: Step, ctx: RunContext, position: Position) -> Step:
     """The step itself, unless a test armed a fault."""
     fault = faults.armed()
     if fault is None:
@@ -343,8 +312,40 @@ def _with_faults(step: Callable[[Batch], Outputs], ctx: RunContext, position: Po
     return faulty
 
 
-def _stateful(manager: Any) -> list[tuple[str, Any]]:
-    return [(name, p) for name, p in manager.list_name_plugin() if hasattr(p, "state_dict")]
+def _shared_state(race: Race) -> dict[str, Any]:
+    """What is the same on every rank."""
+    ctx, watch = race.ctx, race.watch
+    return {
+        "model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), "position": vars(race.position),
+        "quality": race.quality, "evaluated_step": race.evaluated_step, "block_epoch": watch.block_epoch,
+        "logs": watch.record.offsets(), "clock_s": watch.clock.seconds(), "started_at": watch.clock.started_at,
+        "train_s": watch.train_seconds,
+    }  # fmt: skip
+
+
+def _local_state(ctx: RunContext, manager: Any) -> dict[str, Any]:
+    """What each rank has of its own."""
+    plugins = {name: plugin.state_dict() for name, plugin in _stateful(manager)}
+    return {"generators": generator_states(ctx.device), "workload": ctx.workload.state_dict(), "plugins": plugins}
+
+
+def _restore(race: Race, manager: Any, saved: Saved, same_run: bool) -> None:
+    """Puts back what the two functions above gave."""
+    ctx, watch = race.ctx, race.watch
+    ctx.model.load_state_dict(saved.shared["model"])
+    ctx.optimizer.load_state_dict(saved.shared["optimizer"])
+    vars(race.position).update(saved.shared["position"])
+    race.quality, race.evaluated_step = saved.shared["quality"], saved.shared["evaluated_step"]
+    watch.block_epoch, watch.train_seconds = saved.shared["block_epoch"] if same_run else 0, saved.shared["train_s"]
+    watch.clock.carry(saved.shared["clock_s"], saved.shared["started_at"])
+    ctx.workload.load_state_dict(saved.local["workload"])
+    for name, plugin in _stateful(manager):
+        plugin.load_state_dict(saved.local["plugins"].get(name, {}))
+    set_generator_states(ctx.device, saved.local["generators"])
+
+
+def _stateful(manager: Any) -> list[tuple[str, Plugin]]:
+    return [(name, p) for name, p in manager.list_name_plugin() if isinstance(p, Plugin)]
 
 
 def _collect_evidence(ctx: RunContext, hooks: Any) -> list[Evidence]:

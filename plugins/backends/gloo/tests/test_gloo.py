@@ -30,9 +30,8 @@ def run_ranks(scenario: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("scenario", ["exchange", "gradients", "buffers"])
-def test_two_ranks_agree(scenario: str) -> None:
-    for process in run_ranks(scenario):
+def test_two_ranks_agree_on_numbers_gradients_and_buffers() -> None:
+    for process in run_ranks("agree"):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
 

@@ -71,6 +71,11 @@ def test_a_model_with_3d_convolutions_too_is_converted_where_it_can_be() -> None
     assert share_of_weights(model) == (1, 1)
 
 
+def test_1x1_kernels_get_the_strides_that_their_gradients_will_have() -> None:
+    weight = convert_weights(nn.Conv2d(6, 8, 1)).weight
+    assert weight.stride() == torch.empty(8, 6, 1, 1).to(memory_format=torch.channels_last, copy=True).stride() == (6, 1, 6, 6)
+
+
 def test_only_4d_floating_point_tensors_are_converted() -> None:
     data = {
         "points": torch.randn(2, 3),
@@ -91,6 +96,7 @@ def test_the_probe_tells_the_layouts_apart_and_leaves_no_trace() -> None:
     assert probe(convert_weights(model)) is True
     assert torch.equal(model[1].running_mean, mean)
     assert probe(nn.Linear(2, 2)) is None
+    assert probe(nn.Conv2d(1, 8, 3)) is None
 
 
 def test_a_model_without_convolutions_is_no_evidence(composed: tuple[ChannelsLast, Any]) -> None:

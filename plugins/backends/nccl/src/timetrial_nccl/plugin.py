@@ -84,10 +84,11 @@ class Nccl(Plugin):
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:
         import torch
+        from torch.cuda import nccl
         from torch.nn.parallel import DistributedDataParallel
 
         ddp = any(isinstance(m, DistributedDataParallel) for m in ctx.distributed_model.modules())
-        version = ".".join(map(str, torch.cuda.nccl.version()))
+        version = ".".join(map(str, nccl.version()))
         name = torch.cuda.get_device_name(ctx.device)
         ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size > 1)}"
         return Evidence(

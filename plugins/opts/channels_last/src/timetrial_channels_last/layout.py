@@ -24,7 +24,9 @@ def convert_weights(model: nn.Module) -> nn.Module:
     """Lays out the 4-D parameters and buffers in place. `Module.to` would refuse a model that has 5-D ones as well."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            # Not `contiguous`, which keeps the strides of a 1x1 kernel: gradients come with those of channels-last, and
+            # DistributedDataParallel warns, and copies, where a gradient's strides are not its parameter's.
+            tensor.data = torch.empty_like(tensor.data, memory_format=torch.channels_last).copy_(tensor.data)
     return model
 
 
@@ -63,12 +65,12 @@ def share_of_weights(model: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def probe(model: nn.Module) -> bool | None:
-    """Whether the model's own first convolution gives a channels-last result for a channels-last image of zeros.
+    """Whether a convolution of the model gives a channels-last result for a channels-last image of zeros.
 
-    None where no convolution has more than one channel in its result, which would leave the layout ambiguous.
+    None where every convolution reads or gives a single channel, for which the two layouts are the same.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.out_channels > 1:
+        if isinstance(module, nn.Conv2d) and min(module.in_channels, module.out_channels) > 1:
             shape = (2, module.in_channels, _PROBE_SIZE, _PROBE_SIZE)
             image_NCHW = module.weight.new_zeros(shape).contiguous(memory_format=torch.channels_last)
             result = module._conv_forward(image_NCHW, module.weight, module.bias)  # without hooks: it leaves no trace

@@ -33,7 +33,7 @@ class ResNetConfig:
     width: int = checked(at_least=1)
     """Channels of the first stage; each further stage doubles them. 64 in the paper."""
     stem: str = checked(choices=("imagenet", "small"))
-    """`imagenet`: 7x7 convolution, stride 2, and max-pool; `small`: 3x3 convolution, stride 1, for small images."""
+    """`imagenet`: 7x7 convolution with stride 2, then max-pool; `small`: 3x3 with stride 2, for small images."""
     init: str = checked(choices=("torchvision", "reference"))
     """Initial weights: torchvision's (He), or the MLPerf reference's."""
     zero_init_residual: bool
