@@ -182,7 +182,9 @@ def _note_killed(run_dir: Path, failures: Any) -> None:
         path = run_dir / "errors" / f"rank{rank}.json"
         if failure.exitcode < 0 and not path.exists():
             path.parent.mkdir(exist_ok=True)
-            message = f"rank {rank} was killed by {failure.signal_name()}; the same command resumes from the last checkpoint"
+            message = (
+                f"rank {rank} was killed by {failure.signal_name()}; the same command resumes from the last checkpoint"
+            )
             entry = {"kind": "killed", "status": "failed", "message": message, "rank": rank, "exit_code": EXIT_FAILED}
             path.write_text(json.dumps({**entry, "time": failure.timestamp - 1.0}))
 
@@ -210,7 +212,9 @@ def summary(run_dir: Path) -> str:
     status, where = result.get("status"), os.path.relpath(run_dir)
     if result.get("error"):
         return f"{status}: {result['error']['message']} [{where}]"
-    quality = ", ".join(f"{k} {v:.4f} (target {result['target'][k]:g})" for k, v in result["quality"].items() if k in result["target"])
+    quality = ", ".join(
+        f"{k} {v:.4f} (target {result['target'][k]:g})" for k, v in result["quality"].items() if k in result["target"]
+    )
     doubts = [f"{name}: {e['summary']}" for name, e in result["evidence"].items() if not e["active"]]
     words = f"; NO EVIDENCE for {'; '.join(doubts)}" if doubts else ""
     work = f"{result['steps']:,} steps, {result['samples_per_s'] or 0:,.0f} samples/s"

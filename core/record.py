@@ -42,7 +42,9 @@ class Record:
     def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
         self.run_dir, self.enabled, self.continued = run_dir, enabled, bool(offsets)
         self._files: dict[str, IO[str]] = {}
-        logger = logging.Logger("timetrial.mllog", logging.INFO)  # its own: one run's lines must not reach another's log
+        logger = logging.Logger(
+            "timetrial.mllog", logging.INFO
+        )  # its own: one run's lines must not reach another's log
         logger.addHandler(logging.NullHandler())
         self.mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
         if not enabled:
@@ -63,7 +65,9 @@ class Record:
             self.mllog.event(constants.CACHE_CLEAR, False)
             self.mllog.start(constants.INIT_START)
 
-    def init_stop(self, submission: SubmissionConfig, workload: Workload, extra: Mapping[str, Any], weights: list[str]) -> None:
+    def init_stop(
+        self, submission: SubmissionConfig, workload: Workload, extra: Mapping[str, Any], weights: list[str]
+    ) -> None:
         """The header that the official checker wants, the end of initialisation and the start of the clock."""
         if self.continued:
             return

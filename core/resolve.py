@@ -173,7 +173,9 @@ def nesting(specs: Mapping[str, OptSpec]) -> list[str]:
     try:
         return list(sorter.static_order())
     except graphlib.CycleError as error:
-        raise PluginError(f"opts that each want to wrap the other: {' -> '.join(error.args[1])}; leave one out") from None
+        raise PluginError(
+            f"opts that each want to wrap the other: {' -> '.join(error.args[1])}; leave one out"
+        ) from None
 
 
 def _remedy(requirement: str, backend: str) -> str:

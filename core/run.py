@@ -41,7 +41,9 @@ def help_text(registry: Registry) -> str:
         "opt": registry.names("opt"),
         **{g: sorted(p.stem for p in (conf_dir() / g).glob("*.yaml")) for g in ("data", "launch", "experiment")},
     }
-    options = "\n".join(f"  {group + '=':<12} {', '.join(names) or '(none installed)'}" for group, names in groups.items())
+    options = "\n".join(
+        f"  {group + '=':<12} {', '.join(names) or '(none installed)'}" for group, names in groups.items()
+    )
     return f"""\
 timetrial {__version__}: training workloads raced against the clock, composed from plugins.
 

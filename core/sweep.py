@@ -55,4 +55,6 @@ class Sweep:
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
         console.print(table)
         failed = [str(n) for n, job in enumerate(self.jobs) if job.code]
-        console.print(f"{len(self.jobs)} jobs, " + (f"not successful: {', '.join(failed)}" if failed else "all successful"))
+        console.print(
+            f"{len(self.jobs)} jobs, " + (f"not successful: {', '.join(failed)}" if failed else "all successful")
+        )

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -20,20 +20,17 @@ if TYPE_CHECKING:
 Numerics = Literal["bitwise", "tolerance", "changes"]
 Kind = Literal["workload", "backend", "opt"]
 
-# ---------------------------------------------------------------------------------------------- specs (plain data)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """What a backend finds on this machine, without importing torch.
-
-    `provides` are capability names that opts may require ("cuda", "cpu"). `count` is the number of ranks this machine
-    can serve; None means any number. `problem` is empty where the backend can run, else one line that says why not.
-    """
+    """What a backend finds on this machine, without importing torch."""
 
     provides: frozenset[str] = frozenset()
+    """Capabilities that opts may require, such as "cuda"."""
     count: int | None = None
+    """How many ranks this machine can serve; None means any number."""
     problem: str = ""
+    """Why it cannot run here, in one line; empty where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +81,6 @@ class WorkloadSpec(PluginSpec):
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
 
 
-# --------------------------------------------------------------------------------------------------- training data
-
-
 @dataclass(slots=True)
 class Batch:
     """This rank's share of one global batch.
@@ -130,9 +124,6 @@ class Target:
         value = quality[self.metric]
         return value >= self.value if self.higher_is_better else value <= self.value
 
-    def __str__(self) -> str:
-        return f"{self.metric} {'>=' if self.higher_is_better else '<='} {self.value:g}"
-
 
 @dataclass(frozen=True)
 class EvalCadence:
@@ -163,9 +154,6 @@ class Position:
         return self.epoch - (self.batch == 0)
 
 
-# ------------------------------------------------------------------------------------------------------- protocols
-
-
 class Backend(Protocol):
     """What a backend plugin returns from `init_backend`: this rank's device and its collectives."""
 
@@ -175,20 +163,16 @@ class Backend(Protocol):
 
     def all_gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's `values` (same length everywhere), in rank order. Doubles; a few numbers, not for tensors."""
-        ...
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (plain data) on every rank."""
-        ...
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished all queued work (for the clock)."""
-        ...
 
     def shutdown(self) -> None: ...
 
 
-@runtime_checkable
 class Workload(Protocol):
     """What a workload plugin returns from `make_workload`: the model, the data, the loss and the quality target.
 
@@ -205,46 +189,36 @@ class Workload(Protocol):
 
     def check_data(self) -> None:
         """Before the clock: files exist and sums match (DataError), without reading training examples."""
-        ...
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, initialised from the run's seed."""
-        ...
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
     def learning_rate(self, step: int) -> float:
         """For the step with this number, counted from 0."""
-        ...
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         """This rank's batches of one epoch on the device, from batch number `first_batch` on: the same as when the
         epoch is read from its start. Every rank yields equally many."""
-        ...
 
     def synthetic_batch(self) -> Batch:
         """A full-sized batch of random data on the device; touches no file."""
-        ...
 
     def loss(self, model: nn.Module, data: Any) -> Outputs:
         """At least "loss": the mean over the local examples, a scalar with gradient."""
-        ...
 
     def infer(self, model: nn.Module, data: Any) -> Any:
         """What `evaluate` needs of the model for one batch."""
-        ...
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank."""
-        ...
 
     def log_values(self) -> Mapping[str, Any]:
         """mllog keys of the v1.1 rules for this benchmark (hyperparameters), with their values."""
-        ...
 
     def weight_names(self, model: nn.Module) -> list[str]:
         """Names for `weights_initialization`, as the closed rules spell them; [] where they do not apply."""
-        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -290,7 +264,6 @@ class RunContext:
     config: RunConfig
     run_dir: Path
     seed: int
-    deterministic: bool
     nproc_per_node: int = 1
     # Filled in, in this order, while the run is built:
     backend: Backend = field(init=False)
@@ -326,4 +299,3 @@ class RunContext:
         and the names alone, so that a resumed run draws what the undisturbed one would have drawn."""
         text = "/".join(str(n) for n in (self.seed, *names))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-

@@ -194,7 +194,9 @@ class Watch:
         _, save, late, interval = table[0][: len(flags)]
         self._schedule(position.step, int(interval))
         # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
-        per_step = [math.fsum(column) / len(table) for column in zip(*(row[len(flags) :] for row in table), strict=True)]
+        per_step = [
+            math.fsum(column) / len(table) for column in zip(*(row[len(flags) :] for row in table), strict=True)
+        ]
         first = position.step - len(per_step) + 1
         for offset, loss in enumerate(per_step):
             if not math.isfinite(loss):

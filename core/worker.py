@@ -1,7 +1,7 @@
 """One rank of a run: builds everything from the plan in a fixed order, runs the loop, and writes down what happened.
 
-    environment (already set) -> backend -> workload -> model -> distribute -> optimizer -> step -> warm-up
-    | clock starts | loop | clock stops | verify -> record
+environment (already set) -> backend -> workload -> model -> distribute -> optimizer -> step -> warm-up
+| clock starts | loop | clock stops | verify -> record
 """
 
 from __future__ import annotations
@@ -35,33 +35,13 @@ from core.watch import Clock, Signals, Watch
 class Baseline:
     """Core's own implementations: the innermost layer of every onion, which adds no trick."""
 
-    @hookimpl
-    def prepare_model(self, model: Any) -> Any:
-        return model
-
-    @hookimpl
-    def make_optimizer(self, ctx: RunContext, model: Any) -> Any:
-        return ctx.workload.build_optimizer(model)
-
-    @hookimpl
-    def wrap_batches(self, batches: Any) -> Any:
-        return batches
-
-    @hookimpl
-    def component(self, default: Any) -> Any:
-        return default
-
-    @hookimpl
-    def build_step(self, parts: StepParts) -> StepParts:
-        return parts
-
-    @hookimpl
-    def wrap_step(self, step: Any) -> Any:
-        return step
-
-    @hookimpl
-    def wrap_evaluate(self, evaluate: Any) -> Any:
-        return evaluate
+    prepare_model = hookimpl(lambda self, model: model)
+    make_optimizer = hookimpl(lambda self, ctx, model: ctx.workload.build_optimizer(model))
+    wrap_batches = hookimpl(lambda self, batches: batches)
+    component = hookimpl(lambda self, default: default)
+    build_step = hookimpl(lambda self, parts: parts)
+    wrap_step = hookimpl(lambda self, step: step)
+    wrap_evaluate = hookimpl(lambda self, evaluate: evaluate)
 
 
 def run_rank(plan: RunPlan, attempt: Attempt) -> int:
@@ -91,7 +71,13 @@ def _describe(error: Exception, step: int) -> dict[str, Any]:
     if isinstance(error, TimetrialError):
         where = {"rank": error.rank, "step": error.step}
         known = {key: value for key, value in where.items() if value is not None}
-        return {"kind": error.kind, "status": error.status, "message": error.message, "exit_code": error.exit_code, **known}
+        return {
+            "kind": error.kind,
+            "status": error.status,
+            "message": error.message,
+            "exit_code": error.exit_code,
+            **known,
+        }
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     return {"kind": "failed", "status": "failed", "message": message, "exit_code": 1, "step": step}
 
@@ -101,7 +87,7 @@ def _run(plan: RunPlan, attempt: Attempt, signals: Signals, position: Position) 
     hooks_log = open(Path(attempt.run_dir) / "hooks.log", "a") if attempt.trace_hooks else None  # noqa: SIM115
     manager = plugin_manager(plan, [Baseline()], hooks_log.write if hooks_log else None)
     hooks = manager.hook
-    ctx = RunContext(config=config, run_dir=Path(attempt.run_dir), seed=plan.seed, deterministic=config.deterministic)
+    ctx = RunContext(config=config, run_dir=Path(attempt.run_dir), seed=plan.seed)
     ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ctx.backend = hooks.init_backend(ctx=ctx)
     try:
@@ -204,7 +190,7 @@ def _seed_everything(ctx: RunContext) -> None:
     """Torch's process-wide generator, for models that draw (dropout), differs from rank to rank; the rest is counted."""
     torch.manual_seed(ctx.seed_for("torch", ctx.rank))
     # Not use_deterministic_algorithms: it sets the same switch, but first imports the compiler, which takes seconds.
-    torch.set_deterministic_debug_mode("error" if ctx.deterministic else "default")
+    torch.set_deterministic_debug_mode("error" if ctx.config.deterministic else "default")
     # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -1,7 +1,7 @@
 """The conformance kit: what every plugin must show, as test classes to inherit, and the real command line to run them with.
 
-    from core.testing.suites import OptSuite
+from core.testing.suites import OptSuite
 
-    class TestAmp(OptSuite):
-        name = "amp"
+class TestAmp(OptSuite):
+    name = "amp"
 """

@@ -28,7 +28,15 @@ OPT_CARD = (
     "Evidence", "Source",
 )  # fmt: skip
 BACKEND_CARD = ("What it does", "Use it", "Settings", "Evidence", "Source")
-WORKLOAD_CARD = ("What it is", "Run it", "Data", "Targets and what they mean", "Measured", "Closed configuration", "Sources")
+WORKLOAD_CARD = (
+    "What it is",
+    "Run it",
+    "Data",
+    "Targets and what they mean",
+    "Measured",
+    "Closed configuration",
+    "Sources",
+)
 
 
 @functools.cache

@@ -73,7 +73,11 @@ def test_a_model_with_3d_convolutions_too_is_converted_where_it_can_be() -> None
 
 def test_1x1_kernels_get_the_strides_that_their_gradients_will_have() -> None:
     weight = convert_weights(nn.Conv2d(6, 8, 1)).weight
-    assert weight.stride() == torch.empty(8, 6, 1, 1).to(memory_format=torch.channels_last, copy=True).stride() == (6, 1, 6, 6)
+    assert (
+        weight.stride()
+        == torch.empty(8, 6, 1, 1).to(memory_format=torch.channels_last, copy=True).stride()
+        == (6, 1, 6, 6)
+    )
 
 
 def test_only_4d_floating_point_tensors_are_converted() -> None:

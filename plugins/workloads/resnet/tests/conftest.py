@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timetrial_resnet
 import torch
 from omegaconf import OmegaConf
-
-import timetrial_resnet
-from core.config import DataConfig, validate
-from core.types import RunContext
 from timetrial_resnet.plugin import ResNet
 from timetrial_resnet.workload import ResNetWorkload
+
+from core.config import DataConfig, validate
+from core.types import RunContext
 
 CONF = Path(timetrial_resnet.__file__).parent / "conf" / "workload"
 REPO = Path(__file__).parents[4]

