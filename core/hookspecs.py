@@ -81,7 +81,7 @@ class Hooks:
     def wrap_evaluate(
         self, ctx: RunContext, evaluate: Callable[[Forward], dict[str, float]]
     ) -> Callable[[Forward], dict[str, float]]:  # pyright: ignore[reportReturnType]
-        """[opt, onion] The evaluation of the whole evaluation set."""
+        """[backend, opt, onion] The evaluation of the whole evaluation set."""
 
     @hookspec
     def on_block(self, ctx: RunContext, position: Position, event: Literal["start", "stop"]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import psutil
 from core.config import RunConfig, flatten
 from core.errors import EXIT_FAILED, EXIT_STOPPED, TimetrialError, UsageError
-from core.record import EXIT_CODES, read_result, update_result, write_failure
+from core.record import EXIT_CODES, read_result, update_result, write_failure, write_json
 from core.resolve import RUN_KEYS, Attempt, RunPlan
 
 
@@ -157,11 +158,11 @@ def _one_process(attempt: Attempt) -> int:
 
 def _elastic(plan: RunPlan, attempt: Attempt) -> int:
     """The ranks of this machine under torch.distributed.run; its agent runs in this process and handles signals."""
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the cause is ours to print, in one line
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the cause is ours to print, in one line
     arguments = ["--standalone", f"--nproc-per-node={plan.world_size}", "--max-restarts=0"]
     try:
         torchrun.run(torchrun.parse_args([*arguments, "-m", "core.worker", attempt.to_json()]))
@@ -169,24 +170,20 @@ def _elastic(plan: RunPlan, attempt: Attempt) -> int:
     except SignalException:
         return EXIT_STOPPED
     except ChildFailedError as error:
-        _note_killed(Path(attempt.run_dir), error.failures)
+        _note_killed(Path(attempt.run_dir), *error.get_first_failure())
         return EXIT_FAILED
     finally:
         for child in psutil.Process().children(recursive=True):
             child.kill()
 
 
-def _note_killed(run_dir: Path, failures: Any) -> None:
-    """A rank that a signal killed could not say so itself."""
-    for rank, failure in failures.items():
-        path = run_dir / "errors" / f"rank{rank}.json"
-        if failure.exitcode < 0 and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            message = (
-                f"rank {rank} was killed by {failure.signal_name()}; the same command resumes from the last checkpoint"
-            )
-            entry = {"kind": "killed", "status": "failed", "message": message, "rank": rank, "exit_code": EXIT_FAILED}
-            path.write_text(json.dumps({**entry, "time": failure.timestamp - 1.0}))
+def _note_killed(run_dir: Path, rank: int, failure: Any) -> None:
+    """A rank that a signal killed could not say so itself; the launcher saw it first."""
+    path = run_dir / "errors" / f"rank{rank}.json"
+    if failure.exitcode < 0 and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        message = f"rank {rank} was killed by {failure.signal_name()}; the same command resumes from the last checkpoint"
+        write_json(path, {"kind": "killed", "message": message, "rank": rank, "exit_code": EXIT_FAILED, "time": 0.0})
 
 
 def _settle(run_dir: Path, code: int) -> int:

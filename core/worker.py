@@ -22,7 +22,7 @@ from mlperf_logging.mllog import constants
 
 from core.testing import faults
 from core.checkpoint import Checkpointer, Saved, generator_states, parameters_hash, set_generator_states
-from core.errors import OutOfMemoryError, PluginError, TimetrialError, UsageError
+from core.errors import EXIT_SUCCESS, OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
 from core.loop import Race, train
 from core.record import EXIT_CODES, Record, write_json
@@ -139,7 +139,7 @@ def _run_joined(
     forward_backward, step, infer = _build_steps(ctx, hooks, prepared)
     evaluate_all = hooks.wrap_evaluate(ctx=ctx, evaluate=workload.evaluate)
     _refuse_unused(plan, offered)
-    _warm_up(ctx, forward_backward, infer)
+    _warm_up(ctx, hooks, forward_backward, infer)
     evidence = {"warm_up": _collect_evidence(ctx, hooks)}
 
     watch = Watch(ctx, Clock(), record, hooks, signals)
@@ -249,13 +249,13 @@ def _build_steps(ctx: RunContext, hooks: Any, prepared: Any) -> tuple[Step, Step
     return parts.forward_backward, train_step, hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
 
 
-def _warm_up(ctx: RunContext, forward_backward: Step, infer: Forward) -> None:
+def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward) -> None:
     """Runs the parts of a step on synthetic data before the clock, as the rules allow, and leaves no trace of it."""
     if ctx.config.warmup_steps == 0:
         return
     before = {name: tensor.clone() for name, tensor in ctx.model.state_dict().items()}
     generators = generator_states(ctx.device)
-    batch = ctx.workload.synthetic_batch()
+    (batch,) = hooks.wrap_batches(ctx=ctx, batches=[ctx.workload.synthetic_batch()])
     ctx.model.train()
     for _ in range(ctx.config.warmup_steps):
         forward_backward(batch)
@@ -312,7 +312,12 @@ def _shared_state(race: Race) -> dict[str, Any]:
 def _local_state(ctx: RunContext, manager: Any) -> dict[str, Any]:
     """What each rank has of its own."""
     plugins = {name: plugin.state_dict() for name, plugin in _stateful(manager)}
-    return {"generators": generator_states(ctx.device), "workload": ctx.workload.state_dict(), "plugins": plugins}
+    return {
+        "generators": generator_states(ctx.device),
+        "workload": ctx.workload.state_dict(),
+        "plugins": plugins,
+        "buffers": dict(ctx.model.named_buffers()),  # running statistics differ from rank to rank
+    }
 
 
 def _restore(race: Race, manager: Any, saved: Saved, same_run: bool) -> None:
@@ -327,6 +332,8 @@ def _restore(race: Race, manager: Any, saved: Saved, same_run: bool) -> None:
     ctx.workload.load_state_dict(saved.local["workload"])
     for name, plugin in _stateful(manager):
         plugin.load_state_dict(saved.local["plugins"].get(name, {}))
+    for name, buffer in ctx.model.named_buffers():
+        buffer.copy_(saved.local["buffers"][name])
     set_generator_states(ctx.device, saved.local["generators"])
 
 
@@ -339,9 +346,14 @@ def _collect_evidence(ctx: RunContext, hooks: Any) -> list[Evidence]:
 
 
 def main() -> int:
-    """A process started by the launcher: `python -m core.worker ATTEMPT-AS-JSON`."""
+    """A process started by the launcher: `python -m core.worker ATTEMPT-AS-JSON`.
+
+    A run that came to its end exits with 0, whatever its end: at any other status the launcher stops the other ranks.
+    """
     attempt = Attempt(**json.loads(sys.argv[1]))
-    return run_rank(RunPlan.load(Path(attempt.run_dir) / "resolved.yaml"), attempt)
+    code = run_rank(RunPlan.load(Path(attempt.run_dir) / "resolved.yaml"), attempt)
+    failed = (Path(attempt.run_dir) / "errors" / f"rank{os.environ.get('RANK', 0)}.json").exists()
+    return code if failed else EXIT_SUCCESS
 
 
 if __name__ == "__main__":

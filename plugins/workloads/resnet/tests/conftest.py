@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Iterator[MakeWorkload]:
     ) -> ResNetWorkload:
         values = {"source": "real", "root": None, "max_bad": 0, "workers": 0, **data}
         config: Any = SimpleNamespace(data=validate(DataConfig, OmegaConf.create(values), "data"))
-        ctx = RunContext(config=config, run_dir=tmp_path, seed=seed, deterministic=True)
+        ctx = RunContext(config=config, run_dir=tmp_path, seed=seed)
         ctx.backend = OneOf(rank, world)  # pyright: ignore[reportAttributeAccessIssue]
         node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
         return ResNet(validate(ResNet.Config, node, "workload")).make_workload(ctx)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import INTERFACE
 from core.config import checked
 from core.hookspecs import hookimpl
 from core.types import Backend, BackendSpec, Devices, Evidence, Forward, Plugin, RunContext
@@ -36,7 +35,7 @@ class Gloo(Plugin):
     """Ranks on CPUs, joined by gloo."""
 
     spec = BackendSpec(
-        interface=INTERFACE, summary="ranks on CPUs, joined by gloo (any machine)", probe=probe, preference=10
+        interface=1, summary="ranks on CPUs, joined by gloo (any machine)", probe=probe, preference=10
     )
     Config = GlooConfig
     config: GlooConfig

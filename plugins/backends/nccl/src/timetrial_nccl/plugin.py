@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import INTERFACE
 from core.config import RunConfig, checked
 from core.errors import UsageError
 from core.hookspecs import hookimpl
@@ -33,7 +32,7 @@ class Nccl(Plugin):
     """Ranks on NVIDIA GPUs, joined by NCCL; a gloo group beside it carries plain numbers without touching the GPU."""
 
     spec = BackendSpec(
-        interface=INTERFACE, summary="one rank for each NVIDIA GPU, joined by NCCL", probe=probe, preference=20
+        interface=1, summary="one rank for each NVIDIA GPU, joined by NCCL", probe=probe, preference=20
     )
     Config = NcclConfig
     config: NcclConfig

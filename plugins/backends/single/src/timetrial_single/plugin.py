@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core import INTERFACE
 from core.config import RunConfig, checked
 from core.errors import UsageError
 from core.hookspecs import hookimpl
@@ -76,7 +75,7 @@ class Single(Plugin):
     """One process without torch.distributed."""
 
     spec = BackendSpec(
-        interface=INTERFACE, summary="one process without a process group, CPU or one GPU", probe=probe, max_ranks=1
+        interface=1, summary="one process without a process group, CPU or one GPU", probe=probe, max_ranks=1
     )
     Config = SingleConfig
     config: SingleConfig

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from core import INTERFACE
 from core.config import checked
 from core.hookspecs import hookimpl
 from core.types import Evidence, OptSpec, Plugin, RunContext
@@ -30,7 +29,7 @@ class Amp(Plugin):
     """Runs the forward passes of training and of evaluation under bfloat16 autocast."""
 
     spec = OptSpec(
-        interface=INTERFACE,
+        interface=1,
         summary="bfloat16 autocast: matrix products and convolutions in 16 bits",
         numerics="changes",
         components=COMPONENTS,

@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import INTERFACE
 from core.hookspecs import hookimpl
 from core.types import Batch, Evidence, OptSpec, Plugin, RunContext
 
@@ -25,7 +24,7 @@ class ChannelsLast(Plugin):
     """Keeps convolution weights and images with the channels innermost."""
 
     spec = OptSpec(
-        interface=INTERFACE, summary="images and convolution weights in channels-last layout", numerics="tolerance"
+        interface=1, summary="images and convolution weights in channels-last layout", numerics="tolerance"
     )
     Config = ChannelsLastConfig
     config: ChannelsLastConfig

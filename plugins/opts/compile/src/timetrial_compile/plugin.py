@@ -7,7 +7,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core import INTERFACE
 from core.config import checked
 from core.hookspecs import hookimpl
 from core.types import Evidence, OptSpec, Plugin
@@ -36,7 +35,7 @@ class Compile(Plugin):
     """Compiles the model in place, so that its parameters keep their names."""
 
     spec = OptSpec(
-        interface=INTERFACE,
+        interface=1,
         summary="the model through torch.compile",
         requires=frozenset({"cxx"}),
         numerics="tolerance",

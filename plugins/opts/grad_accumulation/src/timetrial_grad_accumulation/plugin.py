@@ -6,7 +6,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from core import INTERFACE
 from core.config import checked
 from core.hookspecs import hookimpl
 from core.types import Evidence, OptSpec, Plugin, RunContext, StepParts
@@ -27,7 +26,7 @@ class GradAccumulation(Plugin):
     """Splits each batch into micro-batches and accumulates their gradients."""
 
     spec = OptSpec(
-        interface=INTERFACE,
+        interface=1,
         summary="a step in several micro-batches, for batches that do not fit into memory",
         numerics="tolerance",
     )

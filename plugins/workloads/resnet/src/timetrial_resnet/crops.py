@@ -1,8 +1,8 @@
 """From a JPEG file to the square that the model sees: decoded at a reduced scale where that suffices, resized once.
 
-Preprocessing follows the MLPerf reference (mlcommons/training, image_classification/tensorflow2/imagenet_preprocessing.py)
-but for two things: Pillow's bilinear filter averages when it makes an image smaller, TensorFlow's samples; and a large
-JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop stays at least as large as the square.
+It follows the MLPerf reference (mlcommons/training, image_classification/tensorflow2/imagenet_preprocessing.py) but for
+two things: Pillow's bilinear filter averages when it makes an image smaller, TensorFlow's samples; and a large JPEG is
+decoded at 1/2, 1/4 or 1/8 of its size where the crop stays at least as large as the square.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
 EXAMPLES, SIZE = 5000, 28
 EVERY = 5
-"""Each fifth row is held out. The rows are sorted by class, 500 each, so both parts hold every class equally often: 4,000
-to train on, 1,000 to evaluate. The split is the same for every seed."""
+"""Each fifth row is held out. The rows are sorted by class, 500 each, so both parts hold every class equally often:
+4,000 to train on, 1,000 to evaluate. The split is the same for every seed."""
 
 
 def find() -> Path:

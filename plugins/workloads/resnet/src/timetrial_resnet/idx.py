@@ -1,4 +1,4 @@
-"""Reader of IDX files: MNIST, Fashion-MNIST and EMNIST come so (Y. LeCun, "The MNIST database", section "file formats").
+"""Reader of IDX files, as MNIST, Fashion-MNIST and EMNIST come (Y. LeCun, "The MNIST database", "file formats").
 
 An IDX file is two zero bytes, a type (8: unsigned bytes), the number of dimensions, each dimension as a big-endian
 32-bit integer, and the values. It may be compressed with gzip.

@@ -28,7 +28,7 @@ from timetrial_resnet.crops import central_crop, random_crop
 
 CHANNELS = 3
 CHANNEL_MEANS = (123.68, 116.78, 103.94)
-"""Red, green, blue, of 255. The reference (imagenet_preprocessing.py, CHANNEL_MEANS) subtracts them and divides by nothing."""
+"""Red, green, blue, of 255. The reference (imagenet_preprocessing.py) subtracts them and divides by nothing."""
 
 IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL = 1000, 1281167, 50000
 """What a synthetic run takes the data set to be."""
@@ -48,8 +48,8 @@ AHEAD = 2
 Key = TypeVar("Key")
 
 # Threads, not DataLoader's processes: Pillow lets go of the interpreter lock while it decodes and resizes. 500 x 375
-# JPEGs on two cores: 690 images/s in one thread, 1,280 in four, 1,490 in two processes; and threads start at once on the
-# clock, need no shared memory, do not mind a CUDA context, and cannot outlive the run.
+# JPEGs on two cores: 690 images/s in one thread, 1,280 in four, 1,490 in two processes; and threads start at once on
+# the clock, need no shared memory, do not mind a CUDA context, and cannot outlive the run.
 
 
 class ImageFolder:

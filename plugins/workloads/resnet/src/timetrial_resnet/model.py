@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 FC_STD = 0.01
-"""Reference: image_classification/tensorflow/official/resnet/resnet_model.py, `random_normal_initializer(stddev=.01)`."""
+"""Reference (TensorFlow 1): mlcommons/training, image_classification/tensorflow/official/resnet/resnet_model.py."""
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a unit normal cut off at 2, by which TensorFlow's variance_scaling_initializer divides."""
@@ -33,7 +33,7 @@ TRUNCATED_STD = 0.87962566103423978
 class ResNet(nn.Module):
     """images [B, channels, H, W] float -> logits [B, classes].
 
-    With arch resnet18/34/50, width 64 and the `imagenet` stem, it is torchvision's model under the same parameter names.
+    With arch resnet18/34/50, width 64 and the `imagenet` stem, it is torchvision's model under its parameter names.
     `norm` makes the normalisation layer for a number of channels.
     """
 
@@ -102,8 +102,8 @@ def initialise(model: nn.Module, init: str, zero_init_residual: bool, generator:
 
 
 def closed_names(model: nn.Module) -> list[str]:
-    """The parameters' names as the closed rules spell them, after the MXNet model of the first submissions, in the order
-    of `model.named_parameters()`: layer1.0.downsample.0.weight is stage1_unit1_conv1sc_weight."""
+    """The parameters' names as the closed rules spell them, after the MXNet model of the first submissions, in the
+    order of `model.named_parameters()`: layer1.0.downsample.0.weight is stage1_unit1_conv1sc_weight."""
     return [_closed_name(name) for name, _ in model.named_parameters()]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888) as the MLPerf reference has it
-    (mlcommons/training, image_classification/tensorflow2/lars_optimizer.py): the learning rate lies inside the momentum.
+    (mlcommons/training, image_classification/tensorflow2/lars_optimizer.py), the learning rate inside the momentum.
 
         trust = eeta * |w| / (|g| + weight_decay * |w| + epsilon)      1 where |w| or |g| is 0
         v     = momentum * v + lr * trust * (g + weight_decay * w)
