@@ -42,7 +42,14 @@ def test_the_top_level_holds_what_it_should() -> None:
 
 
 def test_no_file_names_a_registry_or_a_machine() -> None:
-    words = ["pypi" + ".org", "pythonhosted" + ".org", "registry." + "npmjs", "/" + "work/", "/" + "root/", "uv" + ".lock\n"]
+    words = [
+        "pypi" + ".org",
+        "pythonhosted" + ".org",
+        "registry." + "npmjs",
+        "/" + "work/",
+        "/" + "root/",
+        "uv" + ".lock\n",
+    ]
     allowed = {".gitignore"}
     found = [
         (name, word)
@@ -64,8 +71,10 @@ def test_the_parent_imports_no_torch(module: str) -> None:
 
 
 def test_help_imports_neither_torch_nor_hydra_and_shows_what_is_installed() -> None:
-    code = "import sys; from core.run import main; sys.argv[1:] = ['--help']; main(); print(*sys.modules, file=sys.stderr)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from core.run import main; sys.argv[1:] = ['--help']; main(); print(*sys.modules, file=sys.stderr)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert not {"torch", "hydra"} & set(shown.stderr.split())
     assert "resnet_mlperf" in shown.stdout
     assert shown.stdout.count("python -m core.run ") >= 3

@@ -124,7 +124,10 @@ def test_a_blocked_plugin_is_never_imported(flag: list[str], tmp_path: Path, fak
 
 @pytest.mark.parametrize(
     ("hook", "named"),
-    [("def prepare_modle(self, ctx, model): ...", "prepare_modle"), ("def prepare_model(self, network): ...", "network")],
+    [
+        ("def prepare_modle(self, ctx, model): ...", "prepare_modle"),
+        ("def prepare_model(self, network): ...", "network"),
+    ],
 )
 def test_a_hook_that_does_not_fit_the_interface_is_refused(hook: str, named: str, tmp_path: Path, fake_plugin) -> None:
     site = fake_plugin("opt", "odd", OPT.format(more="") + f"\n    @hookimpl\n    {hook}\n")

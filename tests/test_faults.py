@@ -139,7 +139,10 @@ def test_a_killed_rank_is_named_and_no_process_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("point", ["checkpoint.write", "checkpoint.commit"])
 def test_killed_while_saving_the_previous_checkpoint_is_used(point: str, tmp_path: Path) -> None:
     assert run_cli(*SHORT, run_dir=tmp_path / "run", fault=f"{point}@15=kill").code == -signal.SIGKILL
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_00000005", "step_00000010"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
+        "step_00000005",
+        "step_00000010",
+    ]
     resumed = run_cli(*SHORT, run_dir=tmp_path / "run").expect(4)
     assert resumed.result["parameters_sha256"] == undisturbed(tmp_path, *SHORT).result["parameters_sha256"]
 

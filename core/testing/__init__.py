@@ -1,4 +1,4 @@
-"""The conformance kit: what every plugin must show, as test classes to inherit, and the real command line to run them with.
+"""The conformance kit: what every plugin must show, as test classes to inherit, on the real command line.
 
 from core.testing.suites import OptSuite
 

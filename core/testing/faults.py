@@ -3,7 +3,8 @@
     TIMETRIAL_FAULT="checkpoint.commit@20=kill"     at step 20, between writing a checkpoint and committing it
     TIMETRIAL_FAULT="step@7=nan:1"                  makes the loss of step 7 NaN, on rank 1 only
 
-Points: step, checkpoint.write, checkpoint.commit. Actions: kill (SIGKILL), term (SIGTERM), int (SIGINT), stop (SIGSTOP), error, nan.
+Points: step, checkpoint.write, checkpoint.commit.
+Actions: kill (SIGKILL), term (SIGTERM), int (SIGINT), stop (SIGSTOP), error, nan.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ it does not repeat is the import. Tests whose subject is start-up itself use a f
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import subprocess
@@ -36,12 +37,8 @@ class ForkServer:
 
 
 def _serve() -> None:
-    import hydra  # noqa: F401
-    import torch._dynamo  # noqa: F401  # an optimizer's first step would import it
-
-    import core.launch
-    import core.run
-    import core.worker  # noqa: F401
+    for module in ("hydra", "torch._dynamo", "core.run", "core.launch", "core.worker"):
+        importlib.import_module(module)  # torch._dynamo since an optimizer's first step would import it
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -64,7 +61,7 @@ def _become(request: dict[str, object]) -> None:
         descriptor = os.open(os.path.join(str(request["folder"]), name), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["core.run", *request["arguments"]]  # pyright: ignore[reportGeneralTypeIssues]
     code = 1
     try:

@@ -5,8 +5,10 @@ A subclass sets `name`; `card_headings` and the sizes below can be overridden. N
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,7 @@ WORKLOAD_CARD = (
 def cached_run(*overrides: str, fault: str = "") -> Outcome:
     """One run for all the tests of a session that need the same one; its folder lives as long as the session."""
     folder = tempfile.mkdtemp(prefix="timetrial-conformance-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return run_cli(*overrides, run_dir=Path(folder) / "run", fault=fault)
 
 

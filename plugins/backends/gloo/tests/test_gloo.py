@@ -76,7 +76,7 @@ def test_one_rank_needs_no_launcher() -> None:
 def test_ranks_without_an_address_are_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TimetrialError, match="rank 1 of 2 could not join.*MASTER_ADDR"):
+    with pytest.raises(TimetrialError, match=r"rank 1 of 2 could not join.*MASTER_ADDR"):
         process_group.join("gloo", torch.device("cpu"), 60.0)
 
 

@@ -34,9 +34,7 @@ class GlooConfig:
 class Gloo(Plugin):
     """Ranks on CPUs, joined by gloo."""
 
-    spec = BackendSpec(
-        interface=1, summary="ranks on CPUs, joined by gloo (any machine)", probe=probe, preference=10
-    )
+    spec = BackendSpec(interface=1, summary="ranks on CPUs, joined by gloo (any machine)", probe=probe, preference=10)
     Config = GlooConfig
     config: GlooConfig
 

@@ -31,15 +31,13 @@ class NcclConfig:
 class Nccl(Plugin):
     """Ranks on NVIDIA GPUs, joined by NCCL; a gloo group beside it carries plain numbers without touching the GPU."""
 
-    spec = BackendSpec(
-        interface=1, summary="one rank for each NVIDIA GPU, joined by NCCL", probe=probe, preference=20
-    )
+    spec = BackendSpec(interface=1, summary="one rank for each NVIDIA GPU, joined by NCCL", probe=probe, preference=20)
     Config = NcclConfig
     config: NcclConfig
 
     @hookimpl
     def environment(self, config: RunConfig) -> dict[str, str]:
-        # cuBLAS needs a fixed workspace to give the same bits each time (NVIDIA's cuBLAS guide, "Results reproducibility").
+        # cuBLAS needs a fixed workspace to give the same bits (its guide, "Results reproducibility").
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if config.deterministic else {}
 
     @hookimpl

@@ -82,7 +82,7 @@ class Single(Plugin):
 
     @hookimpl
     def environment(self, config: RunConfig) -> dict[str, str]:
-        # cuBLAS needs a fixed workspace to give the same bits each time (NVIDIA's cuBLAS guide, "Results reproducibility").
+        # cuBLAS needs a fixed workspace to give the same bits (its guide, "Results reproducibility").
         needed = config.deterministic and self.config.device != "cpu"
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if needed else {}
 
@@ -93,7 +93,7 @@ class Single(Plugin):
         usable = torch.cuda.is_available()
         if self.config.device == "cuda" and not usable:
             raise UsageError(
-                f"backend.device=cuda, but torch {torch.__version__} finds no GPU that it can use: use backend.device=cpu"
+                f"backend.device=cuda, but torch {torch.__version__} can use no GPU here: use backend.device=cpu"
             )
         if self.config.device == "cpu" or not usable:
             return OneProcess(torch.device("cpu"))

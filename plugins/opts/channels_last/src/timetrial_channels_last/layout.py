@@ -43,7 +43,7 @@ def convert_data(data: Any) -> Any:
 
 
 class Batches:
-    """`batches` with channels-last images; `images` counts those of the first batch, before the conversion and after."""
+    """`batches` with channels-last images; `images` counts those of the first batch, before and after."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches = batches

@@ -23,9 +23,7 @@ class ChannelsLastConfig:
 class ChannelsLast(Plugin):
     """Keeps convolution weights and images with the channels innermost."""
 
-    spec = OptSpec(
-        interface=1, summary="images and convolution weights in channels-last layout", numerics="tolerance"
-    )
+    spec = OptSpec(interface=1, summary="images and convolution weights in channels-last layout", numerics="tolerance")
     Config = ChannelsLastConfig
     config: ChannelsLastConfig
 

@@ -68,7 +68,7 @@ def combine(parts: list[Outputs], shares: list[float]) -> Outputs:
 
 
 class Accumulation:
-    """A `forward_backward` that calls `inner` once for each micro-batch; ranks exchange gradients in the last call only."""
+    """Calls `inner` once for each micro-batch; ranks exchange gradients in the last call only."""
 
     def __init__(self, inner: Step, model: nn.Module, steps: int, world_size: int) -> None:
         self.inner, self.steps, self.world_size = inner, steps, world_size
