@@ -48,31 +48,28 @@ class Checkpointer:
 
     def save(self, step: int, shared: dict[str, Any], local: dict[str, Any]) -> None:
         """Commits a checkpoint, then drops the oldest beyond `keep`. On failure the previous ones are untouched."""
-        final, partial = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.partial"
+        rank, partial = self.backend.rank, self.folder / f".step_{step:08d}.partial"
         try:
-            if self.backend.rank == 0:
+            if rank == 0:
                 for leftover in self.folder.glob(".step_*.partial"):
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
             self._barrier()
-            sums = _write_tree(partial, f"rank{self.backend.rank}", local)
-            if self.backend.rank == 0:
+            sums = _write_tree(partial, f"rank{rank}", local)
+            if rank == 0:
                 sums |= _write_tree(partial, "shared", shared)
-            (partial / f"sums{self.backend.rank}.json").write_text(json.dumps(sums))
+            (partial / f"sums{rank}.json").write_text(json.dumps(sums))
             self._strike("checkpoint.write", step)
             self._barrier()
-            if self.backend.rank == 0:
-                self._commit(step, partial, final)
+            if rank == 0:
+                self._commit(step, partial)
             self._barrier()
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write a checkpoint to {self.folder}: {error.strerror}; earlier checkpoints are intact: "
-                "free some space and run the same command again",
-                rank=self.backend.rank,
-                step=step,
-            ) from error
+            problem = f"cannot write a checkpoint to {self.folder}: {error.strerror}"
+            remedy = "earlier checkpoints are intact: free some space and run the same command again"
+            raise CheckpointError(f"{problem}; {remedy}", rank=rank, step=step) from error
 
-    def _commit(self, step: int, partial: Path, final: Path) -> None:
+    def _commit(self, step: int, partial: Path) -> None:
         files: dict[str, str] = {}
         for path in partial.glob("sums*.json"):
             files |= json.loads(path.read_text())
@@ -80,9 +77,12 @@ class Checkpointer:
         manifest = {"format": FORMAT, "step": step, "world_size": self.backend.world_size, "files": files}
         _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         self._strike("checkpoint.commit", step)
+        final = self.folder / f"step_{step:08d}"
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync_folder(self.folder)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
         for old in self.steps()[self.keep :]:
             shutil.rmtree(self.folder / f"step_{old:08d}")
 
@@ -211,11 +211,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -91,24 +91,17 @@ class Registry:
 
     def _refuse_clashes(self) -> None:
         """Hydra and pluggy would let one silently shadow the other."""
-        names: dict[tuple[str, str], Installed] = {}
-        files: dict[Path, Installed] = {}
+        owners: dict[object, Installed] = {}
         for plugin in self.plugins:
-            other = names.setdefault((plugin.kind, plugin.name), plugin)
-            if other is not plugin:
-                raise PluginError(
-                    f"{plugin.kind} '{plugin.name}' is provided by both {other.distribution} and "
-                    f"{plugin.distribution}: uninstall one of them"
-                )
-            if plugin.conf_dir.is_dir():
-                for path in plugin.conf_dir.rglob("*.yaml"):
-                    relative = path.relative_to(plugin.conf_dir)
-                    other = files.setdefault(relative, plugin)
-                    if other.conf_dir != plugin.conf_dir:
-                        raise PluginError(
-                            f"the configuration file {relative} is shipped by both {other.distribution} and "
-                            f"{plugin.distribution}: uninstall one of them"
-                        )
+            claims: list[tuple[object, str]] = [((plugin.kind, plugin.name), f"{plugin.kind} '{plugin.name}'")]
+            for path in plugin.conf_dir.rglob("*.yaml"):
+                relative = path.relative_to(plugin.conf_dir)
+                claims.append((relative, f"the configuration file {relative}"))
+            for claim, words in claims:
+                other = owners.setdefault(claim, plugin)
+                if other.package_dir != plugin.package_dir:
+                    both = f"{other.distribution} and {plugin.distribution}"
+                    raise PluginError(f"{words} is shipped by both {both}: uninstall one of them")
 
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:

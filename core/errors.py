@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_SUCCESS = 0
 EXIT_FAILED = 1
@@ -22,13 +23,13 @@ class TimetrialError(Exception):
     exit_code = EXIT_FAILED
 
     def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
-        super().__init__(" ".join(message.split()))
-        self.rank = rank
-        self.step = step
+        self.message, self.rank, self.step = " ".join(message.split()), rank, step
+        super().__init__(self.message)
 
-    @property
-    def message(self) -> str:
-        return str(self)
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a file: kind, status, message, exit_code, and rank and step where known."""
+        names = ("kind", "status", "message", "exit_code", "rank", "step")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class UsageError(TimetrialError):
@@ -59,15 +60,21 @@ class CheckpointError(TimetrialError):
 class DivergedError(TimetrialError):
     """A loss, gradient or parameter that is not finite."""
 
-    kind = "diverged"
-    status = "diverged"
+    kind = status = "diverged"
     exit_code = EXIT_DIVERGED
 
 
 class OutOfMemoryError(TimetrialError):
-    """Device memory ran out; the message carries the peak and the batch size."""
+    """Device memory ran out; the message carries the peak."""
 
     kind = "out_of_memory"
+
+
+class StoppedError(TimetrialError):
+    """A signal came before training had begun."""
+
+    kind = status = "stopped"
+    exit_code = EXIT_STOPPED
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -30,12 +30,17 @@ class Progress:
             self._live.start()
 
     def update(self, position: Position, seconds: float, values: Mapping[str, float]) -> None:
-        if not self._enabled:
+        if not self._enabled or (self._live is None and time.monotonic() - self._last_plain < _PLAIN_EVERY_S):
             return
-        line = self._line(position, seconds, values)
+        speed = values["samples_per_s"]
+        left = max(0, self.max_epochs * self.epoch_samples - position.samples) / speed if speed else 0.0
+        line = (
+            f"{seconds:8.1f} s  epoch {position.epoch}/{self.max_epochs}  step {position.step}  "
+            f"loss {values['loss']:.4f}  {speed:,.0f} samples/s  {self.quality}  at most {left:,.0f} s left"
+        )
         if self._live is not None:
             self._live.update(line, refresh=True)
-        elif time.monotonic() - self._last_plain >= _PLAIN_EVERY_S:
+        else:
             self._print(line)
 
     def evaluated(self, position: Position, seconds: float, quality: Mapping[str, float]) -> None:
@@ -54,11 +59,3 @@ class Progress:
             self._live.console.print(line, highlight=False)
         else:
             print(line, file=sys.stderr, flush=True)
-
-    def _line(self, position: Position, seconds: float, values: Mapping[str, float]) -> str:
-        speed = values["samples_per_s"]
-        left = max(0, self.max_epochs * self.epoch_samples - position.samples) / speed if speed else 0.0
-        return (
-            f"{seconds:8.1f} s  epoch {position.epoch}/{self.max_epochs}  step {position.step}  loss {values['loss']:.4f}  "
-            f"{speed:,.0f} samples/s  {self.quality}  at most {left:,.0f} s left"
-        )

@@ -6,10 +6,12 @@ second on with the status `running`, so that a run that is killed leaves a resul
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -94,10 +96,9 @@ class Record:
             line = {"step": position.step, "epoch": position.epoch, "samples": position.samples, **values}
             print(json.dumps(line), file=self._files["metrics.jsonl"], flush=True)
 
-    def evidence(self, stages: Mapping[str, Iterable[Evidence]]) -> None:
+    def evidence(self, stages: Mapping[str, list[Evidence]]) -> None:
         if self.enabled:
-            tree = {stage: [asdict(e) for e in found] for stage, found in stages.items()}
-            write_json(self.run_dir / "evidence.json", tree)
+            write_json(self.run_dir / "evidence.json", {s: [asdict(e) for e in found] for s, found in stages.items()})
 
     def result(self, **fields: Any) -> None:
         if self.enabled:
@@ -110,6 +111,11 @@ class Record:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def new_run_name(what: str) -> str:
+    """<date>-<time>-<what>-<id>: unique even for two runs that start in the same second."""
+    return f"{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}-{what}-{secrets.token_hex(3)}"
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -108,10 +108,6 @@ class Attempt:
     restarts: int = 0
     changed: bool = False
     """Whether configuration, code or world size differ from the run that it continues."""
-    trace_hooks: bool = False
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) -> RunPlan:
@@ -125,12 +121,11 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", root.launch.nproc))
 
     workload = registry.find("workload", str(choices["workload"]))
-    backend, devices = _choose_backend(str(choices["backend"]), registry, world_size)
+    backend, devices = _backend(str(choices["backend"]), registry, world_size, local_ranks)
     if choices["backend"] == "auto":
         if raw["backend"]:
             raise UsageError(f"settings of a backend need its name: backend={backend.name} backend.…")
         raw["backend"] = OmegaConf.to_container(OmegaConf.load(backend.conf_dir / "backend" / f"{backend.name}.yaml"))
-    _check_backend(backend, devices, world_size, local_ranks)
 
     opts = {name: registry.find("opt", name) for name in sorted(root.opt)}
     specs = {name: cast(OptSpec, opt.load().spec) for name, opt in opts.items()}
@@ -173,9 +168,8 @@ def nesting(specs: Mapping[str, OptSpec]) -> list[str]:
     try:
         return list(sorter.static_order())
     except graphlib.CycleError as error:
-        raise PluginError(
-            f"opts that each want to wrap the other: {' -> '.join(error.args[1])}; leave one out"
-        ) from None
+        circle = " -> ".join(error.args[1])
+        raise PluginError(f"opts that each want to wrap the other: {circle}; leave one out") from None
 
 
 def _remedy(requirement: str, backend: str) -> str:
@@ -187,35 +181,32 @@ def _remedy(requirement: str, backend: str) -> str:
     return known.get(requirement, f"backend={backend} does not provide it here; see `python -m core.plugins`")
 
 
-def _choose_backend(name: str, registry: Registry, world_size: int) -> tuple[Installed, Devices]:
-    if name != "auto":
-        backend = registry.find("backend", name)
-        return backend, cast(BackendSpec, backend.load().spec).probe()
-    runnable: list[tuple[int, Installed, Devices]] = []
-    for candidate in (p for p in registry.plugins if p.kind == "backend"):
+def _backend(name: str, registry: Registry, world_size: int, local_ranks: int) -> tuple[Installed, Devices]:
+    """The backend of that name, or for `auto` the preferred one of those that can run here."""
+    able: list[tuple[int, Installed, Devices]] = []
+    names = registry.names("backend") if name == "auto" else [registry.find("backend", name).name]
+    for backend in (registry.find("backend", n) for n in names):
         try:
-            spec = cast(BackendSpec, candidate.load().spec)
-        except PluginError:
-            continue  # a broken plugin is fatal only if it is chosen
-        devices = spec.probe()
-        enough = devices.count is None or devices.count >= min(world_size, 1)
-        if not devices.problem and enough and (spec.max_ranks is None or world_size <= spec.max_ranks):
-            runnable.append((spec.preference, candidate, devices))
-    if not runnable:
-        raise UsageError("no installed backend can run here: install timetrial-gloo, or see `python -m core.plugins`")
-    return max(runnable, key=lambda r: r[0])[1:]
+            spec = cast(BackendSpec, backend.load().spec)
+            devices = spec.probe()
+            _check_backend(backend.name, spec, devices, world_size, local_ranks)
+            able.append((spec.preference, backend, devices))
+        except UsageError:  # with `auto`, one that is broken or cannot run here is passed over
+            if name != "auto":
+                raise
+    if not able:
+        raise UsageError(f"no installed backend can run {world_size} ranks here: see `python -m core.plugins`")
+    return max(able, key=lambda candidate: candidate[0])[1:]
 
 
-def _check_backend(backend: Installed, devices: Devices, world_size: int, local_ranks: int) -> None:
-    spec = cast(BackendSpec, backend.load().spec)
+def _check_backend(name: str, spec: BackendSpec, devices: Devices, world_size: int, local_ranks: int) -> None:
     if devices.problem:
-        raise UsageError(f"backend={backend.name} cannot run here: {devices.problem}")
+        raise UsageError(f"backend={name} cannot run here: {devices.problem}")
     if spec.max_ranks is not None and world_size > spec.max_ranks:
-        raise UsageError(f"backend={backend.name} serves {spec.max_ranks} rank, not {world_size}: use backend=auto")
+        raise UsageError(f"backend={name} serves {spec.max_ranks} rank, not {world_size}: use backend=auto")
     if devices.count is not None and local_ranks > devices.count:
         raise UsageError(
-            f"{local_ranks} ranks need {local_ranks} devices, but backend={backend.name} finds {devices.count}: "
-            f"use launch.nproc={devices.count}"
+            f"backend={name} finds {devices.count} devices for {local_ranks} ranks: use launch.nproc={devices.count}"
         )
 
 
@@ -231,16 +222,13 @@ def _environment(plan: RunPlan) -> dict[str, str]:
     return {key: value for key, (_, value) in merged.items()}
 
 
-def plugin_manager(plan: RunPlan, defaults: Sequence[object] = (), trace: Callable[[str], None] | None = None) -> Any:
+def plugin_manager(plan: RunPlan, defaults: Sequence[object] = ()) -> pluggy.PluginManager:
     """The plan's plugins, constructed and registered: `defaults` first, so that they are innermost, then opts outwards.
 
     A hook that does not exist, or an argument that it does not have, is refused here.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
-    if trace is not None:
-        manager.trace.root.setwriter(trace)
-        manager.enable_tracing()
     for default in defaults:
         manager.register(default)
     for chosen in plan.plugins:
@@ -248,7 +236,6 @@ def plugin_manager(plan: RunPlan, defaults: Sequence[object] = (), trace: Callab
             manager.register(plan.build(chosen), name=f"{chosen.kind} {chosen.name}")
             manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise PluginError(
-                f"{chosen.kind} '{chosen.name}' (distribution {chosen.distribution}) does not fit the interface: {error}"
-            ) from None
+            who = f"{chosen.kind} '{chosen.name}' (distribution {chosen.distribution})"
+            raise PluginError(f"{who} does not fit the interface: {error}") from None
     return manager

@@ -7,6 +7,7 @@ Hydra composes the configuration, sweeps (`-m`) and completes on TAB; what is he
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -15,37 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from core import __version__
-from core.discovery import Registry, discover
+from core.discovery import KINDS, Registry, discover
 from core.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_SUCCESS, TimetrialError, UsageError, nearest
 
-FLAGS = """\
-  --help                 this page; --hydra-help for Hydra's own flags
-  --cfg job              print the composed configuration and stop
-  -m, --multirun         run every combination of comma-separated values, one after the other
-  --no-plugin NAME       never import this plugin; --only-plugins A,B allows no other
-  --debug                show the traceback of an error
-  --trace-hooks          write every hook call to hooks.log in the run folder
-  --version              print the version"""
-
-
-def conf_dir() -> Path:
-    """Core's configuration: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
-def help_text(registry: Registry) -> str:
-    groups = {
-        "workload": registry.names("workload"),
-        "backend": ["auto", *registry.names("backend")],
-        "opt": registry.names("opt"),
-        **{g: sorted(p.stem for p in (conf_dir() / g).glob("*.yaml")) for g in ("data", "launch", "experiment")},
-    }
-    options = "\n".join(
-        f"  {group + '=':<12} {', '.join(names) or '(none installed)'}" for group, names in groups.items()
-    )
-    return f"""\
-timetrial {__version__}: training workloads raced against the clock, composed from plugins.
+HELP = """\
+timetrial {version}: training workloads raced against the clock, composed from plugins.
 
 usage: python -m core.run [flags] [group=option] [key=value] ...     (or: timetrial ...)
 
@@ -61,59 +36,68 @@ examples:
   python -m core.run -m workload=resnet 'opt=[],amp' 'seed=range(3)'    a sweep of 6 runs and a table
 
 flags:
-{FLAGS}
+  --help                 this page; --hydra-help for Hydra's own flags
+  --cfg job              print the composed configuration and stop
+  -m, --multirun         run every combination of comma-separated values, one after the other
+  --no-plugin NAME       never import this plugin; --only-plugins A,B allows no other
+  --debug                show the traceback of an error
+  --version              print the version
 """
+
+
+def conf_dir() -> Path:
+    """Core's configuration: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def options_of(group: str, registry: Registry) -> list[str]:
+    """The options of a configuration group: core's own, and those of the installed plugins."""
+    own = {path.stem for path in (conf_dir() / group).glob("*.yaml")}
+    return sorted(own | {plugin.name for plugin in registry.plugins if plugin.kind == group})
 
 
 def main() -> int:
     """The entry point of `python -m core.run` and of the console script `timetrial`. Returns the exit status."""
-    arguments, debug = sys.argv[1:], "--debug" in sys.argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--help", "--version", "--debug"):
+        parser.add_argument(flag, *(["-h"] if flag == "--help" else []), action="store_true")
+    for flag in ("--no-plugin", "--only-plugins"):
+        parser.add_argument(flag, action="append", default=[])
+    flags = argparse.Namespace(debug="--debug" in sys.argv)
     try:
-        return _main(arguments)
+        flags, arguments = parser.parse_known_args()
+        if flags.version:
+            print(__version__)
+            return EXIT_SUCCESS
+        only = ",".join(flags.only_plugins)
+        registry = discover(",".join(flags.no_plugin).split(","), only.split(",") if only else None)
+        if flags.help:
+            groups = (*KINDS, "data", "launch", "experiment")
+            lines = [f"  {group + '=':<12} {', '.join(options_of(group, registry))}" for group in groups]
+            print(HELP.format(version=__version__, options="\n".join(lines)), end="")
+            return EXIT_SUCCESS
+        return _compose_and_run(arguments, registry, flags.debug)
+    except argparse.ArgumentError as error:
+        print(f"timetrial: {error}", file=sys.stderr)
+        return UsageError.exit_code
     except TimetrialError as error:
-        _show(error, debug)
-        return error.exit_code
+        return _show(error, flags.debug)
     except KeyboardInterrupt:
         print("timetrial: stopped", file=sys.stderr)
         return EXIT_STOPPED
 
 
-def _show(error: Exception, debug: bool) -> None:
+def _show(error: TimetrialError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     print(f"timetrial: {error}", file=sys.stderr)
+    return error.exit_code
 
 
-def _take_values(arguments: list[str], flag: str) -> list[str]:
-    """The values of every `flag VALUE` and `flag=VALUE`, which are removed."""
-    values: list[str] = []
-    for position in reversed(range(len(arguments))):
-        name, equals, value = arguments[position].partition("=")
-        if name == flag:
-            if not equals and position + 1 == len(arguments):
-                raise UsageError(f"{flag} needs a name")
-            values += (value if equals else arguments[position + 1]).split(",")
-            del arguments[position : position + (1 if equals else 2)]
-    return values
-
-
-def _main(arguments: list[str]) -> int:
-    debug, trace = "--debug" in arguments, "--trace-hooks" in arguments
-    arguments = [a for a in arguments if a not in ("--debug", "--trace-hooks")]
-    blocked, allowed = _take_values(arguments, "--no-plugin"), _take_values(arguments, "--only-plugins")
-    if "--version" in arguments:
-        print(__version__)
-        return EXIT_SUCCESS
+def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
     if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
         raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
-    registry = discover(blocked, allowed or None)
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(registry), end="")
-        return EXIT_SUCCESS
-    return _compose_and_run(arguments, registry, debug, trace)
-
-
-def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trace: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours to shape
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -131,23 +115,22 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool, trac
     def job(config: Any) -> None:
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+        overrides = list(hydra_config.overrides.task)
+        if multirun:
+            config.run_dir = config.run_dir or hydra_config.runtime.output_dir
+        run_dir = Path(config.run_dir or "")
         try:
-            _refuse_duplicates(list(hydra_config.overrides.task))
-            if multirun:
-                config.run_dir = config.run_dir or hydra_config.runtime.output_dir
-            run_dir, code = launch(
-                resolve(config, hydra_config.runtime.choices, registry), isolate=multirun, trace_hooks=trace
-            )
-            if run_dir != Path():
+            _refuse_duplicates(overrides)
+            run_dir, code = launch(resolve(config, hydra_config.runtime.choices, registry), isolate=multirun)
+            if run_dir != Path():  # an outer launcher's other ranks have none
                 print(f"timetrial: {summary(run_dir)}", file=sys.stdout if code == 0 else sys.stderr, flush=True)
         except TimetrialError as error:
-            _show(error, debug)
-            run_dir, code = Path(config.run_dir or ""), error.exit_code
+            code = _show(error, debug)
             if multirun:
-                write_failure(run_dir, {"kind": error.kind, "status": error.status, "message": error.message})
+                write_failure(run_dir, error.as_dict())
         outcome[0] = code
         if multirun:
-            sweep.add(list(hydra_config.overrides.task), run_dir, code)
+            sweep.add(overrides, run_dir, code)
             if code == EXIT_STOPPED:
                 raise KeyboardInterrupt
 
@@ -168,10 +151,10 @@ def _refuse_duplicates(overrides: list[str]) -> None:
     """Hydra would take an option that is named twice in one list as if it stood there once."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
-        names = [n.strip() for n in value.strip("[]").split(",")]
-        for name in names:
-            if group == "opt" and name and names.count(name) > 1:
-                raise UsageError(f"opt '{name}' is given twice; name each opt once")
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        twice = [name for name in names if name and names.count(name) > 1]
+        if group == "opt" and twice:
+            raise UsageError(f"opt '{twice[0]}' is given twice; name each opt once")
 
 
 def _register_search_path(paths: list[str], sweep: Any) -> None:
@@ -192,23 +175,20 @@ def _register_search_path(paths: list[str], sweep: Any) -> None:
 
 def _explain(error: Exception, arguments: list[str], registry: Registry) -> str:
     """A composition error in one line, with the nearest valid name."""
-    from hydra.errors import MissingConfigException
-
     text = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = {"workload", "backend", "opt"} & {group} and registry.names(group)  # pyright: ignore[reportArgumentType]
-        options = options or sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
+    missing = re.search(r"Could not find '([\w/]*?)/?([^/']+)'", text)
+    if missing:
+        group, option = missing.groups()
         if option in registry.blocked:
             return f"{group} '{option}' is blocked by --no-plugin"
-        return f"{group or 'option'} '{option}' is not installed: {nearest(option, options)}; installed: {', '.join(options)}"
+        options = options_of(group, registry)
+        return f"{group} '{option}' is not installed: {nearest(option, options)}; installed: {', '.join(options)}"
     unknown = re.search(r"Could not override '([\w.]+)'", text)
     if unknown:
-        key = unknown[1]
-        return f"unknown key '{key}': {nearest(key, _known_keys(arguments, key))}"
+        return f"unknown key '{unknown[1]}': {nearest(unknown[1], _known_keys(arguments, unknown[1]))}"
     twice = re.search(r"(\S+) appears more than once in the final defaults list", text)
     if twice:
-        return f"an option of '{twice[1].partition('/')[0]}' is given twice ({twice[0]}); name each once: '+opt=[a,b]'"
+        return f"an option of '{twice[1]}' is given twice; name each once, as in '+opt=[a,b]'"
     return text
 
 

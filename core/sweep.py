@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.record import read_result
+from core.record import new_run_name, read_result
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,10 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
-        self._folder = ""
+        self._folder = str(Path("runs", new_run_name("sweep")).absolute())
 
     def folder(self) -> str:
         """The sweep's folder: one name for all its jobs."""
-        if not self._folder:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            self._folder = str(Path("runs", f"{stamp}-sweep-{secrets.token_hex(2)}").absolute())
         return self._folder
 
     def add(self, overrides: list[str], run_dir: Path, code: int) -> None:
@@ -45,16 +40,15 @@ class Sweep:
         table = Table("job", "overrides", "status", "time to train", "quality", "samples/s", box=box.SIMPLE)
         for number, job in enumerate(self.jobs):
             result = read_result(job.run_dir)
-            error = (result.get("error") or {}).get("message", "")
             seconds, speed = result.get("time_to_train_s"), result.get("samples_per_s")
             quality = ", ".join(f"{k} {v:.4f}" for k, v in (result.get("quality") or {}).items())
             table.add_row(
                 str(number), " ".join(job.overrides), str(result.get("status", "failed")),
-                f"{seconds:.1f} s" if seconds else "", quality or str(error), f"{speed:,.0f}" if speed else "",
+                f"{seconds:.1f} s" if seconds else "", quality or (result.get("error") or {}).get("message", ""),
+                f"{speed:,.0f}" if speed else "",
             )  # fmt: skip
+        failed = [str(number) for number, job in enumerate(self.jobs) if job.code]
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
         console.print(table)
-        failed = [str(n) for n, job in enumerate(self.jobs) if job.code]
-        console.print(
-            f"{len(self.jobs)} jobs, " + (f"not successful: {', '.join(failed)}" if failed else "all successful")
-        )
+        verdict = f"not successful: {', '.join(failed)}" if failed else "all successful"
+        console.print(f"{len(self.jobs)} jobs, {verdict}")

@@ -17,7 +17,7 @@ import psutil
 import torch
 from mlperf_logging.mllog import constants
 
-from core.errors import EXIT_FAILED, DivergedError, TimetrialError
+from core.errors import EXIT_FAILED, DivergedError, StoppedError
 from core.progress import Progress
 from core.record import Record
 from core.types import Position, RunContext
@@ -44,14 +44,6 @@ class Clock:
     def seconds(self) -> float:
         """Time on the clock in the processes that ran, in seconds."""
         return self._carried + time.perf_counter() - self._start
-
-
-class StoppedError(TimetrialError):
-    """A signal came before training had begun."""
-
-    kind = "stopped"
-    status = "stopped"
-    exit_code = 75
 
 
 class Signals:

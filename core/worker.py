@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from mlperf_logging.mllog import constants
 
-from core.testing import faults
 from core.checkpoint import Checkpointer, Saved, generator_states, parameters_hash, set_generator_states
 from core.errors import EXIT_SUCCESS, OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
@@ -28,6 +27,7 @@ from core.loop import Race, train
 from core.record import EXIT_CODES, Record, write_json
 from core.resolve import Attempt, RunPlan, plugin_manager
 from core.system import describe_system
+from core.testing import faults
 from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, Position, RunContext, Step, StepParts
 from core.watch import Clock, Signals, Watch
 
@@ -46,184 +46,217 @@ class Baseline:
 
 def run_rank(plan: RunPlan, attempt: Attempt) -> int:
     """Runs this rank to its end and returns its exit status. A failure is left in `errors/rank<k>.json`."""
-    signals = Signals()
-    step = Position()
+    signals, position = Signals(), Position()
     try:
-        return EXIT_CODES[_run(plan, attempt, signals, step)]
+        return EXIT_CODES[_Rank(plan, attempt, signals, position).run()]
     except Exception as error:
-        failure = _describe(error, step.step)
-        rank = int(os.environ.get("RANK", 0))
-        folder = Path(attempt.run_dir) / "errors"
+        if isinstance(error, torch.OutOfMemoryError):
+            peak = torch.get_device_module().max_memory_allocated() / 2**30
+            error = OutOfMemoryError(f"out of memory (peak {peak:.1f} GiB): use a smaller global batch size")
+        elif not isinstance(error, TimetrialError):
+            error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=position.step)
+        rank, folder = int(os.environ.get("RANK", 0)), Path(attempt.run_dir) / "errors"
         if folder.parent.is_dir():
             folder.mkdir(exist_ok=True)
             (folder / f"rank{rank}.traceback.txt").write_text(traceback.format_exc())
-            write_json(folder / f"rank{rank}.json", {"rank": rank, **failure, "time": time.time()})
-        return int(failure["exit_code"])
+            write_json(folder / f"rank{rank}.json", {"rank": rank, **error.as_dict(), "time": time.time()})
+        return error.exit_code
     finally:
         signals.restore()
 
 
-def _describe(error: Exception, step: int) -> dict[str, Any]:
-    """An error as plain data: kind, status, one line, exit status, and where known rank and step."""
-    if isinstance(error, torch.OutOfMemoryError):
-        peak = torch.get_device_module().max_memory_allocated() / 2**30 if torch.accelerator.is_available() else 0.0
-        error = OutOfMemoryError(f"out of memory at step {step} (peak {peak:.1f} GiB): use a smaller global batch size")
-    if isinstance(error, TimetrialError):
-        where = {"rank": error.rank, "step": error.step}
-        known = {key: value for key, value in where.items() if value is not None}
+class _Rank:
+    """The state of one rank, in the order in which it comes to be: join, build, (restore), race, finish."""
+
+    def __init__(self, plan: RunPlan, attempt: Attempt, signals: Signals, position: Position) -> None:
+        self.plan, self.attempt, self.signals, self.position = plan, attempt, signals, position
+        self.manager = plugin_manager(plan, [Baseline()])
+        self.hooks = self.manager.hook
+        self.ctx = RunContext(config=plan.root(), run_dir=Path(attempt.run_dir), seed=plan.seed)
+        self.ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.evidence: dict[str, list[Evidence]] = {}
+
+    def run(self) -> str:
+        """Returns the status that the run ends with."""
+        ctx = self.ctx
+        ctx.backend = self.hooks.init_backend(ctx=ctx)
+        try:
+            self._agree()
+            saved = self._open()
+            race = self._build()
+            if saved is not None:
+                self._restore(race, saved)
+            return self._race(race)
+        finally:
+            ctx.backend.shutdown()
+
+    def _agree(self) -> None:
+        """Every rank runs rank 0's plan, seed and attempt: under an outer launcher each rank has composed its own."""
+        ctx, plan_hash = self.ctx, self.plan.hash()
+        attempt, ctx.seed, theirs = ctx.backend.broadcast([asdict(self.attempt), self.plan.seed, plan_hash])
+        if theirs != plan_hash:
+            raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
+        self.attempt = Attempt(**attempt)
+        ctx.run_dir = Path(self.attempt.run_dir)
+
+    def _open(self) -> Saved | None:
+        """Opens the logs, cut back to the checkpoint that the run continues from, which is returned."""
+        ctx, attempt, plan = self.ctx, self.attempt, self.plan
+        self.checkpointer = Checkpointer(ctx.run_dir / "checkpoints", ctx.backend, ctx.config.checkpoint.keep)
+        source = Path(attempt.resume_from or "") / "checkpoints"
+        saved = Checkpointer(source, ctx.backend, keep=2).load() if attempt.resume_from else None
+        self.same_run = attempt.resume_from == attempt.run_dir
+        self.record = Record(ctx.run_dir, ctx.rank == 0, saved.shared["logs"] if saved and self.same_run else None)
+        self.restarts = attempt.restarts if saved else 0  # what stopped before its first checkpoint starts anew
+        self.scored = not ctx.synthetic and not attempt.changed and (not self.restarts or ctx.config.score_restarts)
+        self.record.result(
+            workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size, plan_hash=plan.hash(),
+            plugins=[asdict(p) for p in plan.plugins], restarts=self.restarts, changed=attempt.changed,
+            deterministic=ctx.config.deterministic,
+        )  # fmt: skip
+        self.record.init_start()
+        return saved
+
+    def _build(self) -> Race:
+        """Everything from the workload to the composed step, warmed up."""
+        ctx, hooks = self.ctx, self.hooks
+        # Dropout and its like draw from torch's process-wide generator, which differs from rank to rank.
+        torch.manual_seed(ctx.seed_for("torch", ctx.rank))
+        # Not use_deterministic_algorithms: it sets the same switch, but first imports the compiler, which takes seconds.
+        torch.set_deterministic_debug_mode("error" if ctx.config.deterministic else "default")
+        # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+        ctx.workload = hooks.make_workload(ctx=ctx)
+        if not ctx.synthetic:
+            ctx.workload.check_data()
+        offered: set[str] = set()
+
+        def component(name: str, default: Any) -> Any:
+            offered.add(name)
+            return hooks.component(ctx=ctx, name=name, default=default)
+
+        ctx.component = component
+        ctx.model = ctx.workload.build_model().to(ctx.device)
+        prepared = hooks.prepare_model(ctx=ctx, model=ctx.model)
+        ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
+        exchange = hooks.communication_hook(ctx=ctx, model=ctx.distributed_model)
+        if exchange is not None:
+            ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
+        ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
+        forward_backward, step, infer = _build_steps(ctx, hooks, prepared)
+        evaluate = hooks.wrap_evaluate(ctx=ctx, evaluate=ctx.workload.evaluate)
+        _refuse_unused(self.plan, offered)
+        _warm_up(ctx, hooks, forward_backward, infer)
+        self.evidence["warm_up"] = self._collect_evidence()
+
+        watch = Watch(ctx, Clock(), self.record, hooks, self.signals)
+        race = Race(
+            ctx=ctx,
+            position=self.position,
+            step=_with_faults(step, ctx, self.position),
+            batches=lambda epoch, first: hooks.wrap_batches(ctx=ctx, batches=_epoch(ctx, epoch, first)),
+            evaluate=None if ctx.synthetic else lambda: _evaluate(ctx, evaluate, infer),
+            hooks=hooks,
+            watch=watch,
+        )
+        watch.save = lambda: self.checkpointer.save(self.position.step, self._shared_state(race), self._local_state())
+        return race
+
+    def _race(self, race: Race) -> str:
+        """Starts the clock, trains, stops the clock and writes the result."""
+        ctx, record, watch, position = self.ctx, self.record, race.watch, self.position
+        ctx.backend.all_gather([0.0])  # every rank is ready: the clock starts for all
+        accumulation = constants.GRADIENT_ACCUMULATION_STEPS
+        extra = {constants.SEED: ctx.seed, accumulation: ctx.figures.get(accumulation, 1)}
+        record.init_stop(ctx.config.submission, ctx.workload, extra, ctx.workload.weight_names(ctx.model))
+        watch.begin(position)
+        try:
+            status = train(race)
+            ctx.backend.synchronize()
+            clock_s, ended_at = watch.clock.seconds(), time.time()
+            record.mllog.end(constants.RUN_STOP, None, {"status": "success" if status == "success" else "aborted"})
+        finally:
+            watch.progress.close()
+
+        found = self.evidence["end"] = self._collect_evidence()
+        record.evidence(self.evidence)
+        if ctx.config.checkpoint.at_end and status != "stopped":
+            watch.save()
+        if ctx.rank == 0:
+            write_json(ctx.run_dir / "system.json", describe_system(ctx.config.submission, ctx.world_size))
+        # The clock never pauses: a resumed run that is to be scored counts the time in between as well.
+        time_to_train = ended_at - watch.clock.started_at if self.restarts else clock_s
+        record.result(
+            status=status, time_to_train_s=time_to_train if status == "success" and self.scored else None,
+            scored=self.scored, wall_s=clock_s, quality=race.quality,
+            target={t.metric: t.value for t in ctx.workload.targets}, samples=position.samples, steps=position.step,
+            epochs=position.epochs_done,
+            samples_per_s=position.samples / watch.train_seconds if watch.train_seconds else None,
+            evidence={e.plugin: {"active": e.active, "summary": e.summary} for e in found}, figures=ctx.figures,
+            parameters_sha256=parameters_hash(ctx.model),
+            system={"file": "system.json", "threads": torch.get_num_threads(), "device": str(ctx.device)},
+        )  # fmt: skip
+        record.close()
+        return status
+
+    def _collect_evidence(self) -> list[Evidence]:
+        return [e for e in self.hooks.verify(ctx=self.ctx) if e is not None]
+
+    # What a checkpoint carries: the same on every rank, and each rank's own.
+
+    def _shared_state(self, race: Race) -> dict[str, Any]:
+        ctx, watch = self.ctx, race.watch
         return {
-            "kind": error.kind,
-            "status": error.status,
-            "message": error.message,
-            "exit_code": error.exit_code,
-            **known,
+            "model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), "position": vars(self.position),
+            "quality": race.quality, "evaluated_step": race.evaluated_step, "block_epoch": watch.block_epoch,
+            "logs": self.record.offsets(), "clock_s": watch.clock.seconds(), "started_at": watch.clock.started_at,
+            "train_s": watch.train_seconds,
+        }  # fmt: skip
+
+    def _local_state(self) -> dict[str, Any]:
+        return {
+            "generators": generator_states(self.ctx.device),
+            "workload": self.ctx.workload.state_dict(),
+            "plugins": {name: plugin.state_dict() for name, plugin in self._plugins()},
+            "buffers": dict(self.ctx.model.named_buffers()),  # running statistics differ from rank to rank
         }
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-    return {"kind": "failed", "status": "failed", "message": message, "exit_code": 1, "step": step}
 
+    def _restore(self, race: Race, saved: Saved) -> None:
+        ctx, watch, shared, local = self.ctx, race.watch, saved.shared, saved.local
+        ctx.model.load_state_dict(shared["model"])
+        ctx.optimizer.load_state_dict(shared["optimizer"])
+        vars(self.position).update(shared["position"])
+        race.quality, race.evaluated_step = shared["quality"], shared["evaluated_step"]
+        watch.block_epoch, watch.train_seconds = shared["block_epoch"] if self.same_run else 0, shared["train_s"]
+        watch.clock.carry(shared["clock_s"], shared["started_at"])
+        ctx.workload.load_state_dict(local["workload"])
+        for name, plugin in self._plugins():
+            plugin.load_state_dict(local["plugins"].get(name, {}))
+        for name, buffer in ctx.model.named_buffers():
+            buffer.copy_(local["buffers"][name])
+        set_generator_states(ctx.device, local["generators"])
 
-def _run(plan: RunPlan, attempt: Attempt, signals: Signals, position: Position) -> str:
-    config = plan.root()
-    hooks_log = open(Path(attempt.run_dir) / "hooks.log", "a") if attempt.trace_hooks else None  # noqa: SIM115
-    manager = plugin_manager(plan, [Baseline()], hooks_log.write if hooks_log else None)
-    hooks = manager.hook
-    ctx = RunContext(config=config, run_dir=Path(attempt.run_dir), seed=plan.seed)
-    ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ctx.backend = hooks.init_backend(ctx=ctx)
-    try:
-        attempt = _agree(ctx, plan, attempt)
-        return _run_joined(plan, attempt, signals, position, ctx, manager)
-    finally:
-        ctx.backend.shutdown()
-
-
-def _agree(ctx: RunContext, plan: RunPlan, attempt: Attempt) -> Attempt:
-    """Every rank runs rank 0's plan, seed and attempt: under an outer launcher each rank has composed its own."""
-    theirs, ctx.seed, plan_hash = ctx.backend.broadcast([asdict(attempt), plan.seed, plan.hash()])
-    if plan_hash != plan.hash():
-        raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
-    ctx.run_dir = Path(theirs["run_dir"])
-    return Attempt(**theirs)
-
-
-def _run_joined(
-    plan: RunPlan, attempt: Attempt, signals: Signals, position: Position, ctx: RunContext, manager: Any
-) -> str:
-    hooks, config, backend = manager.hook, ctx.config, ctx.backend
-    _seed_everything(ctx)
-    checkpointer = Checkpointer(ctx.run_dir / "checkpoints", backend, config.checkpoint.keep)
-    source = Checkpointer(Path(attempt.resume_from) / "checkpoints", backend, 2) if attempt.resume_from else None
-    saved = source.load() if source else None
-    same_run = attempt.resume_from == attempt.run_dir
-    record = Record(ctx.run_dir, ctx.rank == 0, saved.shared["logs"] if saved and same_run else None)
-    restarts = attempt.restarts if saved else 0  # what was stopped before its first checkpoint starts anew
-    scored = not ctx.synthetic and not attempt.changed and (not restarts or config.score_restarts)
-    record.result(
-        status="running", time_to_train_s=None, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size,
-        plan_hash=plan.hash(), plugins=[asdict(p) for p in plan.plugins], restarts=restarts,
-        changed=attempt.changed, deterministic=config.deterministic, error=None,
-    )  # fmt: skip
-    record.init_start()
-
-    ctx.workload = workload = hooks.make_workload(ctx=ctx)
-    if not ctx.synthetic:
-        workload.check_data()
-    offered = _offer_components(ctx, hooks)
-    ctx.model = workload.build_model().to(backend.device)
-    prepared = hooks.prepare_model(ctx=ctx, model=ctx.model)
-    ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
-    exchange = hooks.communication_hook(ctx=ctx, model=ctx.distributed_model)
-    if exchange is not None:
-        ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
-    ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
-    forward_backward, step, infer = _build_steps(ctx, hooks, prepared)
-    evaluate_all = hooks.wrap_evaluate(ctx=ctx, evaluate=workload.evaluate)
-    _refuse_unused(plan, offered)
-    _warm_up(ctx, hooks, forward_backward, infer)
-    evidence = {"warm_up": _collect_evidence(ctx, hooks)}
-
-    watch = Watch(ctx, Clock(), record, hooks, signals)
-    race = Race(
-        ctx=ctx, position=position, step=_with_faults(step, ctx, position), hooks=hooks, watch=watch,
-        batches=lambda epoch, first: hooks.wrap_batches(ctx=ctx, batches=_epoch(ctx, epoch, first)),
-        evaluate=None if ctx.synthetic else lambda: _evaluate(ctx, evaluate_all, infer),
-    )  # fmt: skip
-    watch.save = lambda: checkpointer.save(position.step, _shared_state(race), _local_state(ctx, manager))
-    if saved is not None:
-        _restore(race, manager, saved, same_run)
-
-    backend.all_gather([0.0])  # every rank is ready: the clock starts for all
-    steps_key = constants.GRADIENT_ACCUMULATION_STEPS
-    extra = {constants.SEED: ctx.seed, steps_key: ctx.figures.get(steps_key, 1)}
-    record.init_stop(config.submission, workload, extra, workload.weight_names(ctx.model))
-    watch.begin(position)  # starts the clock
-    try:
-        status = train(race)
-        backend.synchronize()
-        clock_s, ended_at = watch.clock.seconds(), time.time()
-        record.mllog.end(constants.RUN_STOP, None, {"status": "success" if status == "success" else "aborted"})
-    finally:
-        watch.progress.close()
-
-    evidence["end"] = _collect_evidence(ctx, hooks)
-    record.evidence(evidence)
-    if config.checkpoint.at_end and status != "stopped":
-        watch.save()
-    if ctx.rank == 0:
-        write_json(ctx.run_dir / "system.json", describe_system(config.submission, ctx.world_size))
-    # The clock never pauses: a resumed run that is to be scored counts the time in between as well.
-    time_to_train = ended_at - watch.clock.started_at if restarts else clock_s
-    record.result(
-        status=status, time_to_train_s=time_to_train if status == "success" and scored else None, scored=scored,
-        wall_s=clock_s, quality=race.quality, target={t.metric: t.value for t in workload.targets}, samples=position.samples,
-        steps=position.step, epochs=position.epochs_done,
-        samples_per_s=position.samples / watch.train_seconds if watch.train_seconds else None,
-        evidence={e.plugin: {"active": e.active, "summary": e.summary} for e in evidence["end"]},
-        figures=ctx.figures, parameters_sha256=parameters_hash(ctx.model),
-        system={"file": "system.json", "threads": torch.get_num_threads(), "device": str(backend.device)},
-    )  # fmt: skip
-    record.close()
-    return status
-
-
-def _seed_everything(ctx: RunContext) -> None:
-    """Torch's process-wide generator, for models that draw (dropout), differs from rank to rank; the rest is counted."""
-    torch.manual_seed(ctx.seed_for("torch", ctx.rank))
-    # Not use_deterministic_algorithms: it sets the same switch, but first imports the compiler, which takes seconds.
-    torch.set_deterministic_debug_mode("error" if ctx.config.deterministic else "default")
-    # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def _offer_components(ctx: RunContext, hooks: Any) -> set[str]:
-    """Makes `ctx.component` and returns the set into which it notes the names that were offered."""
-    offered: set[str] = set()
-
-    def component(name: str, default: Any) -> Any:
-        offered.add(name)
-        return hooks.component(ctx=ctx, name=name, default=default)
-
-    ctx.component = component
-    return offered
+    def _plugins(self) -> list[tuple[str, Plugin]]:
+        return [(name, p) for name, p in self.manager.list_name_plugin() if isinstance(p, Plugin)]
 
 
 def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
     """An opt none of whose components was asked for would silently do nothing."""
     for chosen in plan.of_kind("opt"):
         spec = chosen.load().spec
-        assert isinstance(spec, OptSpec)
-        if spec.components and not spec.components & offered:
+        if isinstance(spec, OptSpec) and spec.components and not spec.components & offered:
             raise PluginError(
                 f"opt '{chosen.name}' replaces {', '.join(sorted(spec.components))}, which workload '{plan.workload}' "
                 "does not offer: leave it out"
             )
 
 
-def _build_steps(ctx: RunContext, hooks: Any, prepared: Any) -> tuple[Step, Step, Forward]:
+def _build_steps(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> tuple[Step, Step, Forward]:
     """The first half of a training step, the whole step and the inference function, as the opts made them."""
-    workload, model, optimizer = ctx.workload, ctx.distributed_model, ctx.optimizer
-    loss_function = ctx.component("loss", workload.loss)
-    infer_function = ctx.component("infer", workload.infer)
+    model, optimizer = ctx.distributed_model, ctx.optimizer
+    loss_function = ctx.component("loss", ctx.workload.loss)
+    infer_function = ctx.component("infer", ctx.workload.infer)
 
     def forward_backward(batch: Batch) -> Outputs:
         outputs = loss_function(model, batch.data)
@@ -269,16 +302,16 @@ def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward
     ctx.backend.synchronize()
 
 
-def _epoch(ctx: RunContext, epoch: int, first_batch: int) -> Any:
+def _epoch(ctx: RunContext, epoch: int, first_batch: int) -> Iterable[Batch]:
     if ctx.synthetic:
         return itertools.repeat(ctx.workload.synthetic_batch())
     return ctx.workload.batches(epoch, first_batch)
 
 
-def _evaluate(ctx: RunContext, evaluate_all: Callable[[Forward], dict[str, float]], infer: Forward) -> dict[str, float]:
+def _evaluate(ctx: RunContext, evaluate: Callable[[Forward], dict[str, float]], infer: Forward) -> dict[str, float]:
     ctx.model.eval()
     with torch.no_grad():
-        quality = evaluate_all(infer)
+        quality = evaluate(infer)
     ctx.model.train()
     return quality
 
@@ -296,53 +329,6 @@ def _with_faults(step: Step, ctx: RunContext, position: Position) -> Step:
         return outputs
 
     return faulty
-
-
-def _shared_state(race: Race) -> dict[str, Any]:
-    """What is the same on every rank."""
-    ctx, watch = race.ctx, race.watch
-    return {
-        "model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), "position": vars(race.position),
-        "quality": race.quality, "evaluated_step": race.evaluated_step, "block_epoch": watch.block_epoch,
-        "logs": watch.record.offsets(), "clock_s": watch.clock.seconds(), "started_at": watch.clock.started_at,
-        "train_s": watch.train_seconds,
-    }  # fmt: skip
-
-
-def _local_state(ctx: RunContext, manager: Any) -> dict[str, Any]:
-    """What each rank has of its own."""
-    plugins = {name: plugin.state_dict() for name, plugin in _stateful(manager)}
-    return {
-        "generators": generator_states(ctx.device),
-        "workload": ctx.workload.state_dict(),
-        "plugins": plugins,
-        "buffers": dict(ctx.model.named_buffers()),  # running statistics differ from rank to rank
-    }
-
-
-def _restore(race: Race, manager: Any, saved: Saved, same_run: bool) -> None:
-    """Puts back what the two functions above gave."""
-    ctx, watch = race.ctx, race.watch
-    ctx.model.load_state_dict(saved.shared["model"])
-    ctx.optimizer.load_state_dict(saved.shared["optimizer"])
-    vars(race.position).update(saved.shared["position"])
-    race.quality, race.evaluated_step = saved.shared["quality"], saved.shared["evaluated_step"]
-    watch.block_epoch, watch.train_seconds = saved.shared["block_epoch"] if same_run else 0, saved.shared["train_s"]
-    watch.clock.carry(saved.shared["clock_s"], saved.shared["started_at"])
-    ctx.workload.load_state_dict(saved.local["workload"])
-    for name, plugin in _stateful(manager):
-        plugin.load_state_dict(saved.local["plugins"].get(name, {}))
-    for name, buffer in ctx.model.named_buffers():
-        buffer.copy_(saved.local["buffers"][name])
-    set_generator_states(ctx.device, saved.local["generators"])
-
-
-def _stateful(manager: Any) -> list[tuple[str, Plugin]]:
-    return [(name, p) for name, p in manager.list_name_plugin() if isinstance(p, Plugin)]
-
-
-def _collect_evidence(ctx: RunContext, hooks: Any) -> list[Evidence]:
-    return [e for e in hooks.verify(ctx=ctx) if e is not None]
 
 
 def main() -> int:
