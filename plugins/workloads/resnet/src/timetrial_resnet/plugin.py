@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from core.config import checked
 from core.hookspecs import hookimpl
@@ -80,7 +80,7 @@ class ResNetConfig:
 class ResNet(Plugin):
     """Image classification with residual networks: `resnet`, `resnet_fashion` and `resnet_mlperf`."""
 
-    spec = WorkloadSpec(
+    spec: ClassVar[WorkloadSpec] = WorkloadSpec(
         interface=1,
         summary="ResNet image classification: handwritten digits, Fashion-MNIST, ImageNet",
         benchmark="resnet",
