@@ -23,8 +23,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from core.testing import faults
 from core.errors import CheckpointError
+from core.testing import faults
 from core.types import Backend
 
 FORMAT = 1
@@ -180,7 +180,7 @@ def _read_tree(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The tree as JSON, its tensors moved to `tensors`. Containers are tagged: JSON knows neither int keys nor tuples."""
+    """The tree as JSON, its tensors moved to `tensors`. Containers are tagged: JSON has no int keys and no tuples."""
     if isinstance(tree, torch.Tensor):
         tensors[path] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": path}

@@ -34,7 +34,7 @@ class Hooks:
 
     @hookspec
     def environment(self, config: RunConfig) -> dict[str, str]:  # pyright: ignore[reportReturnType]
-        """[any] Environment variables to set before torch is imported. Collected; two values for one name is an error."""
+        """[any] Environment variables to set before torch is imported. Two values for one name are an error."""
 
     @hookspec(firstresult=True)
     def init_backend(self, ctx: RunContext) -> Backend:  # pyright: ignore[reportReturnType]

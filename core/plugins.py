@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import cast
 
 from core.discovery import Installed, Registry, discover
 from core.errors import TimetrialError
@@ -52,7 +51,7 @@ def _judge(
     missing = sorted(spec.requires - offered)
     if missing:
         problem = f"no installed backend provides {', '.join(missing)} on this machine"
-    return plugin, cast(PluginSpec, spec), f"no: {problem}" if problem else "yes"
+    return plugin, spec, f"no: {problem}" if problem else "yes"
 
 
 if __name__ == "__main__":

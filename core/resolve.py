@@ -1,4 +1,4 @@
-"""A composed configuration and the installed plugins become one ordered, checked `RunPlan`, or an error that says why not.
+"""A composed configuration and the installed plugins become one ordered, checked `RunPlan`, or an error.
 
 The plan is plain data: it is saved as resolved.yaml and is all that a worker process is given.
 """
@@ -55,7 +55,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to run: the root configuration and the plugins (backend, workload, then opts from innermost to outermost)."""
+    """What to run: the root configuration and the plugins (backend, workload, opts from innermost to outermost)."""
 
     config: dict[str, Any]
     """As composed, with interpolations kept, so that no secret from the environment is written to a file."""
@@ -92,10 +92,10 @@ class RunPlan:
     @staticmethod
     def load(path: Path) -> RunPlan:
         data = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-        if data.pop("schema") != PLAN_SCHEMA:
+        if data["schema"] != PLAN_SCHEMA:
             raise UsageError(f"{path} was written by another version of timetrial; start the run again")
-        data.pop("plan_hash")
-        return RunPlan(**{**data, "plugins": [Chosen(**p) for p in data["plugins"]]})
+        plugins = [Chosen(**p) for p in data["plugins"]]
+        return RunPlan(data["config"], plugins, data["seed"], data["world_size"], data["environment"])
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]
 """Inference: `batch.data -> pytree of tensors`, on the device, without gradient."""
 Step = Callable[[Batch], Outputs]
-"""One training step: device tensors out, no host synchronisation; `outputs["loss"]` is the local mean loss times `Batch.weight`."""
+"""One training step: device tensors out, no host synchronisation; "loss" is the local mean loss times `Batch.weight`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Target:
 
 @dataclass(frozen=True)
 class EvalCadence:
-    """When to evaluate: first after `first`, then after every `every` epochs or samples (v1.1 rules, table "evaluate every")."""
+    """When to evaluate: after `first`, then after every `every` epochs or samples (v1.1 rules, "evaluate every")."""
 
     every: int
     first: int
@@ -163,12 +163,15 @@ class Backend(Protocol):
 
     def all_gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's `values` (same length everywhere), in rank order. Doubles; a few numbers, not for tensors."""
+        ...
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (plain data) on every rank."""
+        ...
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished all queued work (for the clock)."""
+        ...
 
     def shutdown(self) -> None: ...
 
@@ -189,36 +192,46 @@ class Workload(Protocol):
 
     def check_data(self) -> None:
         """Before the clock: files exist and sums match (DataError), without reading training examples."""
+        ...
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, initialised from the run's seed."""
+        ...
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
     def learning_rate(self, step: int) -> float:
         """For the step with this number, counted from 0."""
+        ...
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         """This rank's batches of one epoch on the device, from batch number `first_batch` on: the same as when the
         epoch is read from its start. Every rank yields equally many."""
+        ...
 
     def synthetic_batch(self) -> Batch:
         """A full-sized batch of random data on the device; touches no file."""
+        ...
 
     def loss(self, model: nn.Module, data: Any) -> Outputs:
         """At least "loss": the mean over the local examples, a scalar with gradient."""
+        ...
 
     def infer(self, model: nn.Module, data: Any) -> Any:
         """What `evaluate` needs of the model for one batch."""
+        ...
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank."""
+        ...
 
     def log_values(self) -> Mapping[str, Any]:
         """mllog keys of the v1.1 rules for this benchmark (hyperparameters), with their values."""
+        ...
 
     def weight_names(self, model: nn.Module) -> list[str]:
         """Names for `weights_initialization`, as the closed rules spell them; [] where they do not apply."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -138,7 +138,7 @@ class Watch:
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
 
     def _epoch_num(self, position: Position) -> dict[str, int]:
-        """Metadata of an evaluation: epochs done, or samples where the cadence counts those (as the reference's BERT does)."""
+        """Metadata of an evaluation: epochs done, or samples where the cadence counts those (as BERT's does)."""
         by_samples = self.ctx.workload.eval_cadence.unit == "samples"
         return {"epoch_num": position.samples if by_samples else position.epochs_done}
 
@@ -193,12 +193,9 @@ class Watch:
         for offset, loss in enumerate(per_step):
             if not math.isfinite(loss):
                 rank = next(r for r, row in enumerate(table) if not math.isfinite(row[len(flags) + offset]))
-                raise DivergedError(
-                    f"the loss of step {first + offset} is {local[offset] if rank == self.ctx.rank else loss} on rank {rank}: "
-                    "lower the learning rate, or look at the input of that step",
-                    rank=rank,
-                    step=first + offset,
-                )
+                what = f"the loss of step {first + offset} is {table[rank][len(flags) + offset]} on rank {rank}"
+                remedy = "lower the learning rate, or look at the input of that step"
+                raise DivergedError(f"{what}: {remedy}", rank=rank, step=first + offset)
         self.train_seconds += elapsed
         speed = (position.samples - self._last.samples) / elapsed
         values = {

@@ -122,7 +122,7 @@ class _Rank:
         ctx, hooks = self.ctx, self.hooks
         # Dropout and its like draw from torch's process-wide generator, which differs from rank to rank.
         torch.manual_seed(ctx.seed_for("torch", ctx.rank))
-        # Not use_deterministic_algorithms: it sets the same switch, but first imports the compiler, which takes seconds.
+        # Not use_deterministic_algorithms: it sets the same switch, but imports the compiler first, for seconds.
         torch.set_deterministic_debug_mode("error" if ctx.config.deterministic else "default")
         # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timetrial_resnet
 import torch
 from omegaconf import OmegaConf
-from timetrial_resnet.plugin import ResNet
-from timetrial_resnet.workload import ResNetWorkload
 
+import timetrial_resnet
 from core.config import DataConfig, validate
 from core.types import RunContext
+from timetrial_resnet.plugin import ResNet
+from timetrial_resnet.workload import ResNetWorkload
 
 CONF = Path(timetrial_resnet.__file__).parent / "conf" / "workload"
 REPO = Path(__file__).parents[4]
@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Iterator[MakeWorkload]:
         node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
         return ResNet(validate(ResNet.Config, node, "workload")).make_workload(ctx)
 
-    yield make_workload
+    return make_workload
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import timetrial_resnet
 from omegaconf import OmegaConf
-from timetrial_resnet.plugin import ResNet
 
+import timetrial_resnet
 from core.config import validate
 from core.errors import UsageError
+from timetrial_resnet.plugin import ResNet
 
 CONF = Path(timetrial_resnet.__file__).parent / "conf" / "workload"
 OPTIONS = ("resnet", "resnet_fashion", "resnet_mlperf")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from core.errors import DataError
 from timetrial_resnet.crops import central_crop, random_box
 from timetrial_resnet.imagefolder import CHANNEL_MEANS, IGNORED
 from timetrial_resnet.workload import ResNetWorkload
-
-from core.errors import DataError
 
 MakeWorkload = Callable[..., ResNetWorkload]
 

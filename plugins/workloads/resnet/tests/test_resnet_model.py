@@ -10,9 +10,10 @@ import mlperf_logging
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from timetrial_resnet.model import ResNet
 from timetrial_resnet.workload import ResNetWorkload
-from torch import nn
 
 MakeWorkload = Callable[..., ResNetWorkload]
 

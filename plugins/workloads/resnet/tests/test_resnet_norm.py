@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timetrial_resnet.norm import SyncBatchNorm2d
 from torch import Tensor, nn
+
+from timetrial_resnet.norm import SyncBatchNorm2d
 
 CHANNELS, SHARES = 3, (5, 2)
 STEPS = 2

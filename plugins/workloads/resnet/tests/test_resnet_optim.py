@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from timetrial_resnet.optim import LARS, Schedule
 from timetrial_resnet.workload import ResNetWorkload
-from torch import nn
 
 MakeWorkload = Callable[..., ResNetWorkload]
 

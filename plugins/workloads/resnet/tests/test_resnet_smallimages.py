@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from timetrial_resnet import digits, idx
-from timetrial_resnet.workload import ResNetWorkload
 
 from core.errors import DataError
+from timetrial_resnet import digits, idx
+from timetrial_resnet.workload import ResNetWorkload
 
 MakeWorkload = Callable[..., ResNetWorkload]
 

@@ -47,7 +47,7 @@ def _uuids() -> list[str]:
 def visible(uuids: list[str], selection: str | None) -> int:
     """How many GPUs CUDA_VISIBLE_DEVICES (`selection`) leaves of `uuids`.
 
-    As the CUDA programming guide says ("CUDA Environment Variables"): entries are indices or the beginnings of UUIDs, and
+    As the CUDA programming guide says ("CUDA Environment Variables"): entries are indices or beginnings of UUIDs, and
     the first invalid one hides itself and all after it. A process can use one MIG instance only. Repeated entries
     select nothing.
 

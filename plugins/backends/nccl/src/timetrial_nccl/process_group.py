@@ -67,7 +67,7 @@ def local_rank() -> int:
 def join(backend: str, device: torch.device, timeout_s: float) -> ProcessGroup:
     """Joins the default process group, numbered by the launcher's RANK and WORLD_SIZE, and tests one sum over it.
 
-    `backend` is torch's name for it; `timeout_s` (seconds) bounds every collective. TimetrialError if a rank is missing.
+    `backend` is torch's name for it; `timeout_s` (seconds) bounds a collective. TimetrialError if a rank is missing.
     """
     rank, world_size = (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     store = dist.HashStore() if world_size == 1 else None  # with more ranks the launcher names a place to meet
@@ -103,7 +103,7 @@ def distribute(model: nn.Module, device: torch.device, *, bucket_cap_mb: float) 
     """`model` in DistributedDataParallel, which averages the ranks' gradients during the backward pass.
 
     Buffers are not broadcast from rank 0 at each forward pass, torch's default: that costs a collective a step, throws
-    away what the other ranks saw, and is of no use where ranks compute equal buffers. `average_buffers` takes its place.
+    away what the other ranks saw, and is of no use where ranks compute equal buffers. `average_buffers` does instead.
     """
     return DistributedDataParallel(
         model,
