@@ -1,7 +1,7 @@
 """Which examples each rank reads, in which order: a function of seed, epoch and rank alone, so that it can be resumed.
 
 Every example is used exactly once an epoch (v1.1 rules, section 6.2). The last global batch of an epoch is smaller
-where the batch size does not divide the number of examples; `Batch.weight` makes its loss the mean over the global batch.
+where the batch size does not divide the number of examples; `Batch.weight` makes its loss the global mean.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]
 """Inference: `batch.data -> pytree of tensors`, on the device, without gradient."""
 Step = Callable[[Batch], Outputs]
-"""One training step: device tensors out, no host synchronisation; "loss" is the local mean loss times `Batch.weight`."""
+"""One training step: device tensors out, no host synchronisation; "loss" is the mean loss times `Batch.weight`."""
 
 
 @dataclass(frozen=True)
