@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from core.config import checked
 from core.hookspecs import hookimpl
@@ -77,17 +77,20 @@ class ResNetConfig:
     lars_epsilon: float = checked(at_least=0)
 
 
+SPEC = WorkloadSpec(
+    interface=1,
+    summary="ResNet image classification: handwritten digits, Fashion-MNIST, ImageNet",
+    benchmark="resnet",
+    capture="step",
+    static_shapes=True,
+    batch_statistics=True,
+)
+
+
 class ResNet(Plugin):
     """Image classification with residual networks: `resnet`, `resnet_fashion` and `resnet_mlperf`."""
 
-    spec: ClassVar[WorkloadSpec] = WorkloadSpec(
-        interface=1,
-        summary="ResNet image classification: handwritten digits, Fashion-MNIST, ImageNet",
-        benchmark="resnet",
-        capture="step",
-        static_shapes=True,
-        batch_statistics=True,
-    )
+    spec = SPEC
     Config = ResNetConfig
     config: ResNetConfig
 
@@ -95,4 +98,4 @@ class ResNet(Plugin):
     def make_workload(self, ctx: RunContext) -> ResNetWorkload:
         from timetrial_resnet.workload import ResNetWorkload  # imports torch
 
-        return ResNetWorkload(self.spec, self.config, ctx)
+        return ResNetWorkload(SPEC, self.config, ctx)
