@@ -106,8 +106,9 @@ def _environment(plan: RunPlan, config: RunConfig) -> Generator[None]:
     before = dict(os.environ)
     ours = {
         "OMP_NUM_THREADS": str(max(1, cores // config.launch.nproc)),
-        # Threads that wait by spinning stall each other where cores are shared: resnet fell from 1,000 to 80 samples/s.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # OpenMP threads that wait by spinning for long stall each other where cores are shared with other programs:
+        # with both of two cores busy, resnet made 60 to 99 samples/s, and with this 960.
+        "GOMP_SPINCOUNT": "1000",
         # Without it elastic restarts hung or exhausted their attempts in part of the cases (pytorch #135712, #167288).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **plan.environment,
