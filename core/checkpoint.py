@@ -22,6 +22,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch.utils import _pytree as pytree
 
 from core.errors import CheckpointError
 from core.testing import faults
@@ -124,10 +125,24 @@ class Checkpointer:
         self.backend.all_gather([0.0])
 
 
+def gathered(tree: Any) -> Any:
+    """The pytree with each tensor that is sharded over ranks made whole. Every rank calls it together."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, tree)
+
+
+def scattered(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`whole` sharded over ranks as `like` is, where `like` is sharded and has its shape; else `whole` itself."""
+    if not hasattr(like, "full_tensor") or whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def parameters_hash(model: torch.nn.Module) -> str:
     """SHA-256 over names, types and bits of all parameters and buffers, in order of name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(gathered(model.state_dict()).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

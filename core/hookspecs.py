@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from core.config import RunConfig
+    from core.prepare import Preparation
     from core.types import Backend, Batch, Evidence, Forward, Position, RunContext, Step, StepParts, Workload
 
 PROJECT = "timetrial"
@@ -41,6 +42,10 @@ class Hooks:
         """[backend] Joins the process group and chooses this rank's device."""
 
     @hookspec(firstresult=True)
+    def prepare(self, preparation: Preparation) -> dict[str, Any]:  # pyright: ignore[reportReturnType]
+        """[workload] `python -m core.prepare`: raw data into what the workload reads. Returns counts to print."""
+
+    @hookspec(firstresult=True)
     def make_workload(self, ctx: RunContext) -> Workload:  # pyright: ignore[reportReturnType]
         """[workload] The workload; reads no data yet."""
 
@@ -54,7 +59,8 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def communication_hook(self, ctx: RunContext, model: nn.Module) -> tuple[Any, Callable[..., Any]]:  # pyright: ignore[reportReturnType]
-        """[opt] `(state, hook)` for DistributedDataParallel's gradient exchange; one owner, claim "ddp.comm_hook"."""
+        """[opt] `(state, hook)` for DistributedDataParallel's gradient exchange: one owner, which claims
+        "ddp.comm_hook". Wrappers around it may act on each bucket's future; without an owner they are given None."""
 
     @hookspec(firstresult=True)
     def make_optimizer(self, ctx: RunContext, model: nn.Module) -> torch.optim.Optimizer:  # pyright: ignore[reportReturnType]
@@ -62,12 +68,13 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def wrap_batches(self, ctx: RunContext, batches: Iterable[Batch]) -> Iterable[Batch]:  # pyright: ignore[reportReturnType]
-        """[opt, onion] One epoch's batches of this rank: prefetch, packing, memory format, copies on a side stream."""
+        """[opt, onion] One epoch's batches of this rank, before `ctx.feed` moves them: packing, memory format."""
 
     @hookspec(firstresult=True)
     def component(self, ctx: RunContext, name: str, default: Any) -> Any:  # pyright: ignore[reportReturnType]
         """[opt, onion] A seam that is offered by name while the run is built. Core offers "loss" and "infer", each a
-        function of `(model, data)`; a workload offers its own through `ctx.component`, such as "rnnt.loss"."""
+        function of `(model, data)`, and "feed" (`RunContext.feed`); a workload offers its own through
+        `ctx.component`, such as "rnnt.loss"."""
 
     @hookspec(firstresult=True)
     def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:  # pyright: ignore[reportReturnType]

@@ -6,7 +6,7 @@ Terms: *rank* is one process, *world size* their number; the *global batch* is w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -76,6 +76,8 @@ class WorkloadSpec(PluginSpec):
     """Name in MLPerf Training v1.1, for the log: resnet, bert, rnnt, maskrcnn, minigo, ssd, dlrm, unet3d."""
     capture: Literal["step", "partial", "none"] = "none"
     """How much of a training step can be captured into a graph."""
+    capture_parts: tuple[str, ...] = ()
+    """With `capture="partial"`: names of the model's submodules that can be."""
     static_shapes: bool = False
     batch_statistics: bool = False
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
@@ -198,6 +200,10 @@ class Workload(Protocol):
         """The model on the CPU, initialised from the run's seed."""
         ...
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of `model`, in order: what sharding and activation checkpointing act on."""
+        ...
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
     def learning_rate(self, step: int) -> float:
@@ -205,8 +211,8 @@ class Workload(Protocol):
         ...
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
-        """This rank's batches of one epoch on the device, from batch number `first_batch` on: the same as when the
-        epoch is read from its start. Every rank yields equally many."""
+        """This rank's batches of one epoch, in host memory or on the device, from batch number `first_batch` on: the
+        same as when the epoch is read from its start. Every rank yields equally many."""
         ...
 
     def synthetic_batch(self) -> Batch:
@@ -222,7 +228,8 @@ class Workload(Protocol):
         ...
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
-        """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank."""
+        """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank.
+        Its batches go through `ctx.feed`."""
         ...
 
     def log_values(self) -> Mapping[str, Any]:
@@ -286,6 +293,8 @@ class RunContext:
     distributed_model: nn.Module = field(init=False)
     """What `distribute` made of it: the module that training calls."""
     optimizer: torch.optim.Optimizer = field(init=False)
+    feed: Callable[[Iterable[Any]], Iterator[Any]] = field(init=False)
+    """Moves pytrees of tensors (a `Batch` is one), one after the other, to the device."""
     component: Callable[[str, Any], Any] = field(init=False)
     """`component(name, default)` offers a seam to the opts by name and returns what they made of `default`."""
     figures: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -17,6 +17,7 @@ import psutil
 import torch
 from mlperf_logging.mllog import constants
 
+from core.checkpoint import gathered
 from core.errors import EXIT_FAILED, DivergedError, StoppedError
 from core.progress import Progress
 from core.record import Record
@@ -214,7 +215,7 @@ class Watch:
         """A gradient that is not finite shows in the parameters before it shows in a loss."""
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm(self.ctx.model.parameters(), norm_type=math.inf)
-            finite = bool(torch.isfinite(norm))
+            finite = bool(torch.isfinite(gathered(norm)))
         ranks = [r for r, (ok,) in enumerate(self.ctx.backend.all_gather([float(finite)])) if not ok]
         if ranks:
             raise DivergedError(

@@ -19,8 +19,17 @@ from typing import Any
 
 import torch
 from mlperf_logging.mllog import constants
+from torch.utils import _pytree as pytree
 
-from core.checkpoint import Checkpointer, Saved, generator_states, parameters_hash, set_generator_states
+from core.checkpoint import (
+    Checkpointer,
+    Saved,
+    gathered,
+    generator_states,
+    parameters_hash,
+    scattered,
+    set_generator_states,
+)
 from core.errors import EXIT_SUCCESS, OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
 from core.loop import Race, train
@@ -137,6 +146,7 @@ class _Rank:
             return hooks.component(ctx=ctx, name=name, default=default)
 
         ctx.component = component
+        ctx.feed = component("feed", lambda items: (to_device(item, ctx.device) for item in items))
         ctx.model = ctx.workload.build_model().to(ctx.device)
         prepared = hooks.prepare_model(ctx=ctx, model=ctx.model)
         ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
@@ -155,7 +165,7 @@ class _Rank:
             ctx=ctx,
             position=self.position,
             step=_with_faults(step, ctx, self.position),
-            batches=lambda epoch, first: hooks.wrap_batches(ctx=ctx, batches=_epoch(ctx, epoch, first)),
+            batches=lambda epoch, first: ctx.feed(hooks.wrap_batches(ctx=ctx, batches=_epoch(ctx, epoch, first))),
             evaluate=None if ctx.synthetic else lambda: _evaluate(ctx, evaluate, infer),
             hooks=hooks,
             watch=watch,
@@ -208,7 +218,8 @@ class _Rank:
     def _shared_state(self, race: Race) -> dict[str, Any]:
         ctx, watch = self.ctx, race.watch
         return {
-            "model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), "position": vars(self.position),
+            "model": gathered(ctx.model.state_dict()), "optimizer": gathered(ctx.optimizer.state_dict()),
+            "position": vars(self.position),
             "quality": race.quality, "evaluated_step": race.evaluated_step, "block_epoch": watch.block_epoch,
             "logs": self.record.offsets(), "clock_s": watch.clock.seconds(), "started_at": watch.clock.started_at,
             "train_s": watch.train_seconds,
@@ -224,7 +235,13 @@ class _Rank:
 
     def _restore(self, race: Race, saved: Saved) -> None:
         ctx, watch, shared, local = self.ctx, race.watch, saved.shared, saved.local
-        ctx.model.load_state_dict(shared["model"])
+        current = ctx.model.state_dict()
+        ctx.model.load_state_dict({name: scattered(t, current[name]) for name, t in shared["model"].items()})
+        parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        for number, state in shared["optimizer"]["state"].items():  # its tensors lie as their parameter does
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = scattered(value, parameters[number])
         ctx.optimizer.load_state_dict(shared["optimizer"])
         vars(self.position).update(shared["position"])
         race.quality, race.evaluated_step = shared["quality"], shared["evaluated_step"]
@@ -239,6 +256,17 @@ class _Rank:
 
     def _plugins(self) -> list[tuple[str, Plugin]]:
         return [(name, p) for name, p in self.manager.list_name_plugin() if isinstance(p, Plugin)]
+
+
+# What a step consumes besides its tensors is part of a batch's structure: captured graphs are told apart by it.
+pytree.register_pytree_node(
+    Batch, lambda batch: ([batch.data], (batch.samples, batch.weight)), lambda data, rest: Batch(*data, *rest)
+)
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """The pytree with its tensors on the device; those that are there already are handed on."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
 
 def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
@@ -288,7 +316,7 @@ def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward
         return
     before = {name: tensor.clone() for name, tensor in ctx.model.state_dict().items()}
     generators = generator_states(ctx.device)
-    (batch,) = hooks.wrap_batches(ctx=ctx, batches=[ctx.workload.synthetic_batch()])
+    (batch,) = ctx.feed(hooks.wrap_batches(ctx=ctx, batches=[ctx.workload.synthetic_batch()]))
     ctx.model.train()
     for _ in range(ctx.config.warmup_steps):
         forward_backward(batch)

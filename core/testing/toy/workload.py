@@ -49,6 +49,9 @@ class ToyWorkload:
                 nn.Linear(c.features, c.hidden), nn.ReLU(), nn.Dropout(c.dropout), nn.Linear(c.hidden, c.classes)
             )
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=self.config.learning_rate, momentum=self.config.momentum)
 

@@ -12,6 +12,7 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.data import EpochSampler
 from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
@@ -106,6 +107,9 @@ class ResNetWorkload:
         initialise(model, config.init, config.zero_init_residual, generator)
         return model
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         config = self.config
         groups = parameter_groups(model, config.weight_decay)
@@ -159,7 +163,7 @@ class ResNetWorkload:
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Top-1 accuracy. An unreadable image counts as wrong."""
         correct = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
-        for data in self.images.eval_batches(self.config.eval_batch_size):
+        for data in self.ctx.feed(self.images.eval_batches(self.config.eval_batch_size)):
             correct += (infer(data).argmax(1) == data[1]).sum()
         counts = self.ctx.backend.all_gather([float(correct), *self._bad_examples()])
         self._agree_on_bad([int(number) for row in counts for number in row[1:] if number >= 0])

@@ -1,0 +1,1 @@
+"""timetrial opt `activation_checkpointing`: activations recomputed in the backward pass."""

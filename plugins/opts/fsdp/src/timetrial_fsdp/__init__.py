@@ -1,0 +1,1 @@
+"""timetrial opt `fsdp`: parameters, gradients and optimizer state sharded over ranks."""

@@ -1,0 +1,1 @@
+"""timetrial opt `fused_loss`: vocabulary cross-entropy without all the logits."""

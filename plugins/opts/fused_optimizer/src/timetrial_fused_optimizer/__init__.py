@@ -1,0 +1,1 @@
+"""timetrial opt `fused_optimizer`: multi-tensor, capturable optimizers."""

@@ -1,0 +1,1 @@
+"""timetrial opt `gradient_compression`: gradients exchanged in fewer bytes."""

@@ -1,0 +1,1 @@
+"""timetrial opt `sequence_packing`: several sequences in one row."""

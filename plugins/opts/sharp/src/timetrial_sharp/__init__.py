@@ -1,0 +1,1 @@
+"""timetrial opt `sharp`: SHARP-aware all-reduce: data crosses each link once."""

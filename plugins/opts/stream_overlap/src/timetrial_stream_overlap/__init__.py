@@ -1,0 +1,1 @@
+"""timetrial opt `stream_overlap`: copies and gradient exchange hidden behind compute."""

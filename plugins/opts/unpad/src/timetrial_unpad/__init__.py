@@ -1,0 +1,1 @@
+"""timetrial opt `unpad`: no computation on padding."""
