@@ -134,7 +134,7 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> i
             if code == EXIT_STOPPED:
                 raise KeyboardInterrupt
 
-    _register_search_path([f"file://{path}" for path in registry.search_path()], sweep)
+    _register_search_path(registry)
     sys.argv = [sys.argv[0], *arguments]
     try:
         hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")(job)()
@@ -157,20 +157,23 @@ def _refuse_duplicates(overrides: list[str]) -> None:
             raise UsageError(f"opt '{twice[0]}' is given twice; name each opt once")
 
 
-def _register_search_path(paths: list[str], sweep: Any) -> None:
+def _register_search_path(registry: Registry) -> None:
     """Adds the plugins' configuration folders to Hydra's search path, without importing a plugin."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf import OmegaConf
 
+    from core.record import new_run_name
+
     class TimetrialSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for path in paths:
-                search_path.append("timetrial", path)
+            for path in registry.search_path():
+                search_path.append("timetrial", f"file://{path}")
 
     Plugins.instance().register(TimetrialSearchPath)
-    OmegaConf.register_new_resolver("timetrial.sweep_dir", sweep.folder, replace=True)
+    folder = str(Path("runs", new_run_name("sweep")).absolute())  # one for all the jobs of a sweep
+    OmegaConf.register_new_resolver("timetrial.sweep_dir", lambda: folder, replace=True)
 
 
 def _explain(error: Exception, arguments: list[str], registry: Registry) -> str:
@@ -194,20 +197,40 @@ def _explain(error: Exception, arguments: list[str], registry: Registry) -> str:
 
 def _known_keys(arguments: list[str], unknown: str) -> list[str]:
     """The keys of the configuration composed without the override that failed."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     from core.config import flatten
 
-    GlobalHydra.instance().clear()
     overrides = [a for a in arguments if "=" in a and not a.startswith("-") and unknown not in a]
     try:
-        with initialize_config_dir(str(conf_dir()), version_base=None):
-            return list(flatten(OmegaConf.to_container(compose("config", overrides), resolve=False)))
+        return list(flatten(OmegaConf.to_container(_compose(overrides), resolve=False)))
     except HydraException:
         return []
+
+
+def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
+    """The configuration of these overrides and the option chosen in each group, for a command that starts no run."""
+    from hydra.errors import HydraException
+    from omegaconf import open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register_search_path(registry)
+    try:
+        config = _compose(overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides, registry)) from error
+    with open_dict(config):
+        return config, config.pop("hydra").runtime.choices
+
+
+def _compose(overrides: list[str], **options: bool) -> Any:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base=None):
+        return hydra.compose("config", overrides, **options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.record import new_run_name, read_result
+from core.record import read_result
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,6 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
-        self._folder = str(Path("runs", new_run_name("sweep")).absolute())
-
-    def folder(self) -> str:
-        """The sweep's folder: one name for all its jobs."""
-        return self._folder
 
     def add(self, overrides: list[str], run_dir: Path, code: int) -> None:
         self.jobs.append(Job(overrides, run_dir, code))

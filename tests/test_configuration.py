@@ -34,7 +34,7 @@ def refused(*arguments: str, tmp_path: Path, code: int = 2, **env: str) -> str:
         (("workload=tyo",), "did you mean 'toy'?"),
         (("workload=toy", "backend=glo"), "did you mean 'gloo'?"),
         (("workload=toy", "+opt=apm"), "did you mean 'amp'?"),
-        (("workload=toy", "+opt=cuda_graph_nonsense"), "installed: amp"),
+        (("workload=toy", "+opt=cuda_graph_nonsense"), "installed: activation_checkpointing, amp"),
     ],
 )
 def test_an_unknown_option_is_answered_with_the_nearest_one(

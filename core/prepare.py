@@ -1,0 +1,234 @@
+"""`python -m core.prepare workload=NAME source=PATH out=FOLDER`: raw data into the files that a workload reads.
+
+A workload's hook `prepare` is given a `Preparation` and calls its `map`, which writes the files in parallel. What is
+finished is journalled, so that the same command continues after a kill, and a manifest of SHA-256 sums, written last,
+says that the folder is complete. The bytes are a function of source, settings and seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from core.config import RunConfig, validate
+from core.discovery import discover
+from core.errors import EXIT_STOPPED, DataError, TimetrialError, UsageError
+from core.record import write_json
+
+MANIFEST, JOURNAL = "manifest.json", ".journal.jsonl"
+USAGE = "usage: python -m core.prepare workload=NAME source=PATH out=FOLDER [seed=N] [data.workers=N] [workload.KEY=V]"
+_PLAIN_EVERY_S = 10.0
+
+
+@dataclass(kw_only=True)
+class Preparation:
+    """What the hook is given."""
+
+    source: Path
+    out: Path
+    seed: int
+    workers: int
+    """Processes; 0 does everything in this one."""
+    max_bad: int
+    finished: dict[str, dict[str, Any]]
+    """By name, the files that an earlier, interrupted command has finished: sha256 and note."""
+    bad: dict[str, str] = field(default_factory=dict[str, str])
+    """Inputs that cannot be used, each with the reason."""
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    """Name -> SHA-256 of each file of the result."""
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Notes an input that cannot be used. DataError once there are more than `data.max_bad`."""
+        self.bad[name] = reason
+        print(f"timetrial: {name}: {reason}", file=sys.stderr, flush=True)
+        if len(self.bad) > self.max_bad:
+            raise DataError(
+                f"{name}: {reason}; repair or remove it, or set data.max_bad={len(self.bad)} to pass over it"
+            )
+
+    def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
+        and returns a note (JSON data). Returns the notes in the order of the jobs.
+        """
+        jobs = list(jobs)
+        missing = [job for job in jobs if job[0] not in self.finished]
+        progress = _Progress(label, len(jobs), len(jobs) - len(missing))
+        with progress, (self.out / JOURNAL).open("a") as journal:
+            for name, entry in self._results(function, missing):
+                self.finished[name] = entry
+                print(json.dumps({"file": name, **entry}), file=journal, flush=True)
+                progress.advance()
+        self.files |= {name: self.finished[name]["sha256"] for name, _ in jobs}
+        return [self.finished[name]["note"] for name, _ in jobs]
+
+    def _results(self, function: Callable[..., Any], jobs: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterable[Any]:
+        if self.workers == 0:
+            yield from (_write(self.out, name, function, arguments) for name, arguments in jobs)
+            return
+        # Not fork: a process with threads, as this one has, must not be copied.
+        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
+            waiting: list[Future[Any]] = [pool.submit(_write, self.out, name, function, args) for name, args in jobs]
+            try:
+                yield from (future.result() for future in as_completed(waiting))
+            except BrokenProcessPool:
+                raise TimetrialError(
+                    "a worker process was killed, perhaps for want of memory: the same command continues; "
+                    "data.workers=1 needs least"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    """Writes one file under a temporary name, then renames it: a file that has its name is complete."""
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    note = function(partial, *arguments)
+    entry = {"sha256": _sha256(partial), "note": note}
+    partial.replace(path)
+    return name, entry
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """The manifest of a prepared folder, once its files' sums are checked: every `world_size`-th one, from `rank` on.
+
+    Raises DataError, naming the file and how to prepare it.
+    """
+    remedy = f"prepare it with `python -m core.prepare workload={workload} source=... out={root}`"
+    try:
+        manifest = json.loads((root / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root} is no prepared folder ({type(error).__name__} at {MANIFEST}): {remedy}") from None
+    for name, expected in sorted(manifest["files"].items())[rank::world_size]:
+        if not (root / name).is_file():
+            raise DataError(f"{root / name} is missing: {remedy}")
+        if _sha256(root / name) != expected:
+            raise DataError(f"{root / name} has changed (its SHA-256 differs): {remedy}")
+    return manifest
+
+
+def prepare(plugin: Any, request: Mapping[str, Any], source: Path, out: Path, config: RunConfig) -> dict[str, Any]:
+    """Runs the plugin's hook, or verifies what it has made before. Returns the manifest."""
+    request = {**request, "seed": config.seed, "source": _describe(source)}
+    if (out / MANIFEST).exists():
+        manifest = check_manifest(out, request["workload"])
+        if manifest["request"] != request:
+            raise UsageError(f"{out} holds data prepared from another source or with other settings: choose another")
+        return manifest
+    out.mkdir(parents=True, exist_ok=True)
+    journal = out / JOURNAL
+    # A kill can cut the last line short; what it would have named is made again.
+    lines = [line for line in journal.read_text().split("\n")[:-1] if line] if journal.exists() else []
+    entries: list[dict[str, Any]] = [json.loads(line) for line in lines] or [{"request": request}]
+    if entries[0].get("request") != request:
+        raise UsageError(f"{out} was begun from another source or with other settings: choose another, or remove it")
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    workers = (os.cpu_count() or 1) if config.data.workers is None else config.data.workers
+    preparation = Preparation(
+        source=source, out=out, seed=config.seed, workers=workers, max_bad=config.data.max_bad,
+        finished={entry.pop("file"): entry for entry in entries[1:]},
+    )  # fmt: skip
+    counts = plugin.prepare(preparation)
+    manifest = {"request": request, "counts": counts, "bad": preparation.bad, "files": preparation.files}
+    write_json(out / MANIFEST, manifest)
+    journal.unlink()
+    return manifest
+
+
+def _describe(source: Path) -> dict[str, Any]:
+    """What tells two sources apart without reading them: names and sizes of all files."""
+    if not source.exists():
+        raise DataError(f"source={source} does not exist: name a file or a folder")
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    sizes = [(str(p.relative_to(source)), p.stat().st_size) for p in files]
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "listing_sha256": digest}
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; on stderr."""
+
+    def __init__(self, label: str, total: int, done: int) -> None:
+        self.label, self.total, self.done, self._printed, self._bar = label, total, done, time.monotonic(), None
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done)
+
+    def advance(self) -> None:
+        self.done += 1
+        if self._bar:
+            self._bar.advance(self._task)
+        elif time.monotonic() - self._printed > _PLAIN_EVERY_S or self.done == self.total:
+            self._printed = time.monotonic()
+            print(f"timetrial: {self.label}: {self.done} of {self.total}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def main() -> int:
+    """The command. Returns the exit status."""
+    from core.run import compose
+
+    own = {"source": "", "out": ""}
+    overrides: list[str] = []
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    try:
+        if "--help" in overrides or not all(own.values()) or not any(o.startswith("workload=") for o in overrides):
+            raise UsageError(USAGE)
+        registry = discover()
+        composed, choices = compose(overrides, registry)
+        config, name = validate(RunConfig, composed, ""), str(choices["workload"])
+        cls = registry.find("workload", name).load()
+        settings = validate(cls.Config, composed.workload, "workload")
+        plugin = cls(settings)
+        if not hasattr(plugin, "prepare"):
+            raise UsageError(f"workload '{name}' has nothing to prepare: it reads its data as it is")
+        for key, value in getattr(plugin, "environment", lambda config: {})(config=config).items():
+            os.environ.setdefault(key, value)
+        started = time.monotonic()
+        request = {"workload": name, "settings": asdict(settings)}
+        manifest = prepare(plugin, request, Path(own["source"]), Path(own["out"]).absolute(), config)
+    except TimetrialError as error:
+        print(f"timetrial: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("timetrial: stopped; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
+    counts = ", ".join(f"{value:,} {key}" for key, value in manifest["counts"].items())
+    print(
+        f"timetrial: prepared {counts}; {len(manifest['bad'])} bad [{own['out']}, {time.monotonic() - started:.1f} s]"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
