@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +21,9 @@ from timetrial_bert.text import documents
 if TYPE_CHECKING:
     from timetrial_bert.plugin import BertConfig
 
-VOCABULARY = Path(__file__).parent / "assets" / "vocab.txt"
-
 SEED = 12345
-"""Of sentence pairs, static masks and evaluation masks, for every run: the reference's random_seed (README.md, "Generate
-the TFRecords"), which makes evaluations comparable."""
+"""Of sentence pairs, static masks and evaluation masks, for every run: the reference's (README.md, "Generate the
+TFRecords"), which makes evaluations comparable."""
 
 
 class Articles:
@@ -48,7 +45,7 @@ class Articles:
 
     @cached_property
     def vocabulary(self) -> wordpiece.WordPiece:
-        return wordpiece.load(VOCABULARY, self.config.lower_case)
+        return wordpiece.load(wordpiece.STARTER, self.config.lower_case)
 
     @cached_property
     def _pairs(self) -> dict[str, list[Pair]]:

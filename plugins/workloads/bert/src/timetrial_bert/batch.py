@@ -15,27 +15,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from timetrial_bert.model import IGNORED
+from timetrial_bert.pairs import Example
 
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One masked sentence pair, without padding."""
-
-    input_ids: NDArray[np.integer]
-    """[tokens] with [CLS], two [SEP] and the masks in place."""
-    second_start: int
-    """Position at which the second sentence starts."""
-    masked_positions: NDArray[np.integer]
-    masked_labels: NDArray[np.integer]
-    random_next: bool
+IGNORED = -100
+"""Label of a prediction that does not exist: the filling of rows that have fewer than P."""
 
 
 def collate(examples: Sequence[Example], length: int, predictions: int, scale: float) -> dict[str, Tensor]:

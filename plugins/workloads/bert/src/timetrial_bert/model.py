@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForPreTraining
 from transformers.initialization import no_init_weights
 
 from core.types import Outputs
+from timetrial_bert.batch import IGNORED
 
 SIZES = {
     "tiny": (2, 128, 2),
@@ -29,9 +30,6 @@ SIZES = {
 
 EXPANSION = 4
 """Inner size of the feed-forward part, in hidden sizes (Devlin et al., section 3)."""
-
-IGNORED = -100
-"""Label of a prediction that does not exist: the filling of rows that have fewer than P."""
 
 Encode = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
 """Component "bert.encoder": `(BertModel, data) -> (hidden_BPH at the masked positions, hidden_BH at [CLS])`."""

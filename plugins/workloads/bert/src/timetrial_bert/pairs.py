@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from timetrial_bert.batch import Example
 from timetrial_bert.wordpiece import WordPiece
 
 Tokens = list[int]
@@ -33,6 +32,19 @@ class Pair:
     tokens: Tokens
     second_start: int
     """Position of the second sentence's first token."""
+    random_next: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One masked sentence pair, without padding."""
+
+    input_ids: NDArray[np.integer]
+    """[tokens] with [CLS], two [SEP] and the masks in place."""
+    second_start: int
+    """Position at which the second sentence starts."""
+    masked_positions: NDArray[np.integer]
+    masked_labels: NDArray[np.integer]
     random_next: bool
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.config import checked
 from core.hookspecs import hookimpl
@@ -23,9 +23,11 @@ class BertConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     data_set: str = checked(choices=("articles", "shards"))
-    """`articles`: the Wikipedia articles in the gensim wheel; `shards`: what `core.prepare` wrote to data.root."""
+    """`articles`: the Wikipedia articles in the gensim wheel, or shards where data.root names a folder; `shards`: what
+    `core.prepare` wrote to data.root."""
     vocab_file: str | None
-    """For `core.prepare`: BERT's vocab.txt, one token a line; null trains one of `vocab_size` tokens."""
+    """For `core.prepare`: BERT's vocab.txt, one token a line; `starter`: the starter checkpoint's; null trains one of
+    `vocab_size` tokens."""
     vocab_size: int = checked(at_least=64, at_most=65536)
     lower_case: bool
     sequence_length: int = checked(at_least=8)
@@ -114,3 +116,9 @@ class Bert(Plugin):
         from timetrial_bert.workload import BertWorkload  # imports torch
 
         return BertWorkload(SPEC, self.config, ctx)
+
+    @hookimpl
+    def prepare(self, preparation: Preparation) -> dict[str, int]:
+        from timetrial_bert.prepare import run  # imports numpy and tokenizers
+
+        return run(preparation, self.config)

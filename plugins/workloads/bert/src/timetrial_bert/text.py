@@ -1,4 +1,4 @@
-"""Raw text as documents: lists of sentences. Sources: a Wikipedia dump, WikiExtractor's files, a folder of text files."""
+"""Raw text as documents, lists of sentences: Wikipedia dumps, WikiExtractor's files, folders of text files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Document = list[str]
 
 DUMP = ".bz2"
 
-_END = re.compile(r"""(?<=[.!?])(["'”’)\]]*)\s+(?=["'“‘(\[]?[A-Z0-9])""")
+_END = re.compile(r"""(?<=[.!?])(["'\u201d\u2019)\]]*)\s+(?=["'\u201c\u2018(\[]?[A-Z0-9])""")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:[A-Za-z]|[A-Z][a-z]?|Mr|Mrs|Ms|Dr|St|Prof|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Sr|Jr|vs|etc|cf|ca|No|Nos|Vol|pp|ed|eds"
     r"|e\.g|i\.e|U\.S|U\.K|Inc|Ltd|Co|Corp|Mt|Ft|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept|Sep|Oct|Nov|Dec))\.$"

@@ -14,6 +14,10 @@ CONTINUED = "##"
 """Stands before a token that continues a word."""
 
 
+STARTER = Path(__file__).parent / "assets" / "vocab.txt"
+"""Of the starter checkpoint, and so of the embedded data set; `python -m timetrial_bert.starter` makes both."""
+
+
 class WordPiece:
     """Text to token numbers, as BERT's uncased or cased models do it. `tokens[i]` is the token with number i."""
 

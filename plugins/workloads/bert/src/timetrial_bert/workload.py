@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +15,12 @@ from core.errors import UsageError
 from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
-from timetrial_bert.batch import collate
+from timetrial_bert.batch import IGNORED, collate
 from timetrial_bert.optim import LAMB, Schedule, parameter_groups
 
 if TYPE_CHECKING:
     from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.shards import Shards
 
 METRIC = "masked_lm_accuracy"
 CADENCE_SLOPE, CADENCE_OFFSET, CADENCE_UNIT = 230.23, 3_000_000, 25_000
@@ -40,7 +40,7 @@ class BertWorkload:
         every = config.eval_every_samples or closed_cadence(config.global_batch_size)
         self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
-        self.examples = Articles(config, ctx)
+        self.examples: Articles | Shards = self._data()
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -51,6 +51,13 @@ class BertWorkload:
     @property
     def eval_samples(self) -> int:
         return 0 if self.ctx.synthetic else self.examples.eval_samples
+
+    def _data(self) -> Articles | Shards:
+        if self.config.data_set == "articles" and not self.ctx.config.data.root:
+            return Articles(self.config, self.ctx)
+        from timetrial_bert.shards import Shards  # imports datasets, for a second
+
+        return Shards(self.config, self.ctx)
 
     def check_data(self) -> None:
         self.examples.check()
@@ -67,7 +74,7 @@ class BertWorkload:
         return self._sampler_of(self.ctx.rank, self.ctx.world_size)
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
-        """In host memory. Every rank knows the global batch, and so its number of predictions, which `mlm_scale` needs."""
+        """In host memory. Each rank knows the global batch, and so its number of predictions, for `mlm_scale`."""
         config, seed = self.config, self.ctx.seed_for("shuffle", epoch)
         everyone = self._sampler_of(0, 1).epoch(seed, first_batch)
         for mine, whole in zip(self._sampler.epoch(seed, first_batch), everyone, strict=True):
@@ -97,7 +104,7 @@ class BertWorkload:
             "token_type_ids": types.long(),
             "attention_mask": within,
             "masked_positions": positions * used,
-            "masked_labels": labels.masked_fill(~used, model.IGNORED),
+            "masked_labels": labels.masked_fill(~used, IGNORED),
             "next_sentence_labels": torch.randint(2, (size,), generator=generator),
             "mlm_scale": torch.full((size,), size / int(counts.sum())),
         }
@@ -199,8 +206,8 @@ class BertWorkload:
             "opt_epsilon": config.epsilon,
             constants.OPT_LR_TRAINING_STEPS: config.training_steps,
             constants.OPT_LR_WARMUP_STEPS: config.warmup_steps,
-            "num_warmup_steps": config.warmup_steps,
-            "start_warmup_step": config.start_warmup_step,
+            constants.NUM_WARMUP_STEPS: config.warmup_steps,
+            constants.START_WARMUP_STEP: config.start_warmup_step,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
             constants.OPT_LAMB_WEIGHT_DECAY: config.weight_decay,
@@ -210,7 +217,7 @@ class BertWorkload:
 
     def weight_names(self, model: Any) -> list[str]:
         """As the reference's TensorFlow checkpoint has them, whatever the size."""
-        return [name for name, _ in checkpoints.tf_names(model.network)]
+        return [checkpoints.tf_name(name) for name, _ in model.network.named_parameters()]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
