@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timetrial_bert.model import network_config
-from timetrial_bert.optim import LAMB
-from timetrial_resnet.optim import LARS
 from torch import nn
 from transformers import BertForPreTraining
 
+from timetrial_bert.model import network_config
+from timetrial_bert.optim import LAMB
 from timetrial_fused_optimizer.optimizers import fuse
+from timetrial_resnet.optim import LARS
 
 ROUNDS = 30
 Groups = list[dict[str, Any]]
