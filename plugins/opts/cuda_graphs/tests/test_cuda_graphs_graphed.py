@@ -164,6 +164,14 @@ def test_what_cannot_be_recorded_is_refused_in_one_line() -> None:
         step(batch(1.0))
 
 
+def test_a_result_that_cannot_be_copied_out_is_refused() -> None:
+    step = graphed(warmup=1)
+    step.step = lambda batch: {"loss": SimpleNamespace(tensor=batch.data["x"])}
+    step(batch(1.0))
+    with pytest.raises(UsageError, match="cannot copy a SimpleNamespace out of a graph"):
+        step(batch(1.0))
+
+
 # ------------------------------------------------------------------------------------------------ whole training steps
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from core.errors import UsageError
+
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records the work of a function without doing it. Returns what does the work, each time anew, and the function's
 result, whose tensors hold the outcome of the last time."""
@@ -126,7 +128,8 @@ class Graphed:
             graph = self._record(tree, key)
             start = time.perf_counter()
         self._graphs.move_to_end(key)
-        torch._foreach_copy_(graph.inputs, tensors)
+        if tensors:
+            torch._foreach_copy_(graph.inputs, tensors)
         graph.replay()
         outputs = pytree.tree_map_only(Tensor, Tensor.clone, graph.outputs)
         self.seen.replays += 1
@@ -169,6 +172,13 @@ class Graphed:
         static = pytree.tree_map_only(Tensor, Tensor.clone, tree)
         inputs = [leaf for leaf in pytree.tree_leaves(static) if isinstance(leaf, Tensor)]
         replay, outputs = self.capture(lambda: self.step(static))
+        known = (Tensor, int, float, str, type(None))
+        opaque = [leaf for leaf in pytree.tree_leaves(outputs) if not isinstance(leaf, known)]
+        if opaque:
+            raise UsageError(
+                f"opt 'cuda_graphs' cannot copy a {type(opaque[0]).__name__} out of a graph: let the step return "
+                "tensors in dictionaries, lists and tuples, or leave it out"
+            )
         detached = pytree.tree_map_only(Tensor, Tensor.detach, outputs)  # lets go of the autograd graph
         graph = self._graphs[key] = _Graph(self.seen.captured, inputs, replay, detached)
         self.seen.captured += 1
