@@ -81,6 +81,19 @@ def test_all_opts_means_those_that_one_device_can_run_together(tool: ModuleType)
     assert tool.fitting(check) == ["a", "c", "g"]
 
 
+def test_opts_that_the_workload_refuses_are_left_out_of_all(tool: ModuleType) -> None:
+    class Answers(tool.Check):
+        def run(self, *overrides: str) -> Any:
+            opts = overrides[-1].removeprefix("opt=[").removesuffix("]").split(",")
+            if "b" in opts:
+                return tool.Run(2, "opt 'b' replaces bert.encoder, which workload 'toy' does not offer", 1.0)
+            return tool.Run(0, "", 1.0, speeds=[1.0, 50.0, 100.0, 110.0], evidence={o: {"active": True} for o in opts})
+
+    check = Answers(device="cpu", opts={}, workloads=[], jobs=1, ceilings={"fp32": 2.0})
+    row = tool._timed(check, [], ["a", "b", "c"], flops=1e10)
+    assert row == {"opts": "a + c", "samples/s": 105.0, "TFLOP/s": 1.05, "of": "fp32", "share of ceiling": "52.5%"}
+
+
 def test_a_failed_section_does_not_take_the_others_along(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(check: Any) -> Any:
         raise ValueError("no such device")

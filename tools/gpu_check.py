@@ -20,11 +20,13 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
@@ -182,7 +184,8 @@ def run(overrides: Sequence[str], timeout: float) -> Run:
             os.killpg(process.pid, signal.SIGKILL)  # its ranks as well
             process.communicate()
             return Run(124, f"not finished after {timeout:.0f} s", time.perf_counter() - start)
-        words = (stderr.strip().splitlines() or [""])[-1].removeprefix("timetrial: ")
+        words = (stderr.strip().splitlines() or [""])[-1].removeprefix("timetrial: ").removeprefix("failed: ")
+        words = words.partition(" [")[0]  # the run folder, which is gone by now
         result = Run(process.returncode, words, time.perf_counter() - start)
         if result.code in ENDED:
             rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
@@ -243,6 +246,8 @@ class Check:
     deadline: float = 0.0
     """Of the section under way, as time.monotonic()."""
     ceilings: dict[str, float] = field(default_factory=dict[str, float])
+    baselines: dict[tuple[str, ...], Run] = field(default_factory=dict[tuple[str, ...], Run])
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def cuda(self) -> bool:
@@ -258,6 +263,13 @@ class Check:
         if left <= 0:
             raise OutOfTime
         return run(overrides, left)
+
+    def eager(self, *overrides: str) -> Run:
+        """The run to compare with, made once."""
+        with self.lock:
+            if overrides not in self.baselines:
+                self.baselines[overrides] = self.run(*overrides)
+            return self.baselines[overrides]
 
     def try_all(self, tasks: Sequence[tuple[str, ...]], work: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
         """(task, result) for each, several at a time; a result is OutOfTime where the time was over."""
@@ -311,7 +323,6 @@ def correctness(check: Check) -> list[Row]:
     known = [CORRECTNESS.get(name, (f"workload={name}", "data=synthetic")) for name in check.workloads]
     order = [w for w in CORRECTNESS.values() if w in known] + [w for w in known if w not in CORRECTNESS.values()]
     steps = f"stop.steps={STEPS[check.device]}"
-    baselines: dict[tuple[str, ...], Run] = {}
 
     def place(spec: Any) -> tuple[str, ...]:
         several = spec.requires & {"multi_rank", "multi_node"}
@@ -325,8 +336,7 @@ def correctness(check: Check) -> list[Row]:
                 break
         if mine.refused:
             return {"opt": name, "on": arguments[0], "verdict": "refused", "words": mine.words}
-        eager = baselines.get(arguments) or baselines.setdefault(arguments, check.run(*arguments))
-        verdict, words = judge(mine, eager, [name], {name: check.opts[name].numerics})
+        verdict, words = judge(mine, check.eager(*arguments), [name], {name: check.opts[name].numerics})
         evidence = mine.evidence.get(name, {}).get("summary", "")
         on = f"{arguments[0]}{', 2 ranks, CPU' if 'launch.nproc=2' in arguments else ''}"
         return {"opt": name, "on": on, "verdict": verdict, "words": words, "evidence": evidence}
@@ -427,7 +437,7 @@ def _timed(check: Check, arguments: list[str], opts: list[str], flops: float) ->
     """One timed run; an opt that the workload refuses is left out, and the run is tried again."""
     while True:
         result = check.run(*arguments, f"opt=[{','.join(opts)}]")
-        refused = [name for name in opts if f"'{name}'" in result.words or result.words.startswith(name)]
+        refused = [name for name in opts if re.search(rf"\b{name}\b", result.words)]
         if not (result.refused and len(opts) > 1 and refused):
             break
         opts = [name for name in opts if name != refused[0]]
@@ -451,7 +461,7 @@ def _timed(check: Check, arguments: list[str], opts: list[str], flops: float) ->
 def matrix(check: Check) -> list[Row]:
     """Every pair of opts on one GPU: trained as declared, or refused with the reason."""
     arguments = (*CORRECTNESS["toy"], *check.backend, f"stop.steps={STEPS[check.device]}")
-    eager = check.run(*arguments)
+    eager = check.eager(*arguments)
     declared = {name: spec.numerics for name, spec in check.opts.items()}
     triple = ("cuda_graphs", "stream_overlap", "amp")
     tasks = [triple] if set(triple) <= check.opts.keys() else []

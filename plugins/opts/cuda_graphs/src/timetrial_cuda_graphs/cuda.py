@@ -34,6 +34,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Raises whatever `function` raises while it is recorded."""
@@ -53,6 +54,7 @@ class CudaCapture:
             if failure is not None:
                 raise failure from None
             raise
+        self._first = self._first or graph  # a pool ends with the last of its graphs, and cannot be begun again
         return graph.replay, result
 
 
