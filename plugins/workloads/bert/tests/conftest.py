@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -65,3 +68,38 @@ def real_text() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real text at {folder}: set TIMETRIAL_REALDATA")
     return folder
+
+
+SETTINGS = ("workload.vocab_file=null", "workload.vocab_size=150", "workload.shard_mib=0.01", "workload.held_out=0.2")
+
+
+def prepare_command(source: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["workload=bert", f"source={source}", f"out={out}", "data.workers=0", *SETTINGS, *more]
+    return [sys.executable, "-m", "core.prepare", *arguments]
+
+
+def prepare_shards(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(prepare_command(source, out, *more), capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of made-up articles."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(80)]
+    for file in range(3):
+        lines: list[str] = []
+        for article in range(12):
+            lines.append(f" = Article {file} {article} = ")
+            lines += [" ".join(words[i] for i in rng.zipf(1.4, 9) % 80).capitalize() + "." for _ in range(8)]
+        (folder / f"{file}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "shards"
+    done = prepare_shards(source, out)
+    assert done.returncode == 0, done.stderr
+    return out

@@ -6,55 +6,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import MakeWorkload
+from conftest import MakeWorkload, prepare_command, prepare_shards
 
 from core.errors import DataError
 from timetrial_bert import prepare
 
-SETTINGS = ("workload.vocab_file=null", "workload.vocab_size=150", "workload.shard_mib=0.01", "workload.held_out=0.2")
-
-
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    arguments = ["workload=bert", f"source={source}", f"out={out}", "data.workers=0", *SETTINGS, *more]
-    return [sys.executable, "-m", "core.prepare", *arguments]
-
-
-def run(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(source, out, *more), capture_output=True, text=True, timeout=300, check=False)
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files of made-up articles."""
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(80)]
-    for file in range(3):
-        lines: list[str] = []
-        for article in range(12):
-            lines.append(f" = Article {file} {article} = ")
-            lines += [" ".join(words[i] for i in rng.zipf(1.4, 9) % 80).capitalize() + "." for _ in range(8)]
-        (folder / f"{file}.txt").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "shards"
-    done = run(source, out)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
@@ -62,14 +26,14 @@ def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
 ) -> None:
     expected, out = contents(prepared), tmp_path / "killed"
     assert {name.partition("/")[0] for name in expected} == {"manifest.json", "vocab.txt", "train", "eval"}
-    process = subprocess.Popen(command(source, out, "data.workers=1"), start_new_session=True)
+    process = subprocess.Popen(prepare_command(source, out, "data.workers=1"), start_new_session=True)
     while not list(out.glob("train/*.arrow")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
-    again = run(source, out)
+    again = prepare_shards(source, out)
     assert again.returncode == 0, again.stderr
     assert contents(out) == expected
 
@@ -80,10 +44,10 @@ def test_broken_and_empty_files_are_named_and_may_be_passed_over(source: Path, t
     (folder / "good.txt").write_bytes((source / "0.txt").read_bytes())
     (folder / "broken.txt").write_bytes(b"caf\xe9 society")
     (folder / "empty.txt").write_bytes(b"")
-    refused = run(folder, tmp_path / "out", "workload.held_out=0.4")
+    refused = prepare_shards(folder, tmp_path / "out", "workload.held_out=0.4")
     assert refused.returncode == 1
     assert "broken.txt: it is not UTF-8 (byte 3)" in refused.stderr
-    passed = run(folder, tmp_path / "out", "workload.held_out=0.4", "data.max_bad=2")
+    passed = prepare_shards(folder, tmp_path / "out", "workload.held_out=0.4", "data.max_bad=2")
     assert passed.returncode == 0, passed.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert {Path(name).name for name in manifest["bad"]} == {"broken.txt", "empty.txt"}
@@ -91,7 +55,7 @@ def test_broken_and_empty_files_are_named_and_may_be_passed_over(source: Path, t
 
 def test_too_little_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One sentence. Another one.")
-    done = run(tmp_path, tmp_path.with_name("out"))
+    done = prepare_shards(tmp_path, tmp_path.with_name("out"))
     assert done.returncode == 1
     assert "too little text" in done.stderr
 
@@ -147,7 +111,7 @@ def test_every_example_comes_once_an_epoch_alike_for_every_world_size_and_resume
     root = prepared
     if masking == "static":
         root = tmp_path / "static"
-        assert run(source, root, "workload.masking=static", "workload.duplicates=2").returncode == 0
+        assert prepare_shards(source, root, "workload.masking=static", "workload.duplicates=2").returncode == 0
 
     def epoch(first: int, world: int) -> list[dict[str, torch.Tensor]]:
         ranks = []
@@ -183,7 +147,7 @@ def test_evaluation_examples_do_not_depend_on_the_seed(make: MakeWorkload, prepa
 
 @pytest.mark.realdata
 def test_real_text_is_prepared_trained_on_and_evaluated(make: MakeWorkload, real_text: Path, tmp_path: Path) -> None:
-    done = run(real_text, tmp_path / "out", "workload.vocab_file=starter", "workload.shard_mib=1")
+    done = prepare_shards(real_text, tmp_path / "out", "workload.vocab_file=starter", "workload.shard_mib=1")
     assert done.returncode == 0, done.stderr
     workload = make("bert", "data_set=shards", "init_checkpoint=starter", root=str(tmp_path / "out"))
     workload.check_data()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from core.types import RunContext
 from timetrial_bert import embedded, wordpiece
 from timetrial_bert.batch import Example
 from timetrial_bert.pairs import Pair, mask, pairs, prediction_count
-from timetrial_bert.text import documents
+from timetrial_bert.text import Document, documents
 
 if TYPE_CHECKING:
     from timetrial_bert.plugin import BertConfig
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 SEED = 12345
 """Of sentence pairs, static masks and evaluation masks, for every run: the reference's (README.md, "Generate the
 TFRecords"), which makes evaluations comparable."""
+
+
+def split(found: Sequence[Document]) -> dict[str, list[Document]]:
+    """The articles to train on ("train") and those that are held out ("eval")."""
+    held_out = embedded.EVERY - 1
+    return {
+        "train": [document for number, document in enumerate(found) if number % embedded.EVERY != held_out],
+        "eval": list(found[held_out :: embedded.EVERY]),
+    }
 
 
 class Articles:
@@ -49,11 +58,7 @@ class Articles:
 
     @cached_property
     def _pairs(self) -> dict[str, list[Pair]]:
-        found = list(documents(embedded.find()))
-        parts = {
-            "train": [d for i, d in enumerate(found) if i % embedded.EVERY != embedded.EVERY - 1],
-            "eval": found[embedded.EVERY - 1 :: embedded.EVERY],
-        }
+        parts = split(list(documents(embedded.find())))
         made: dict[str, list[Pair]] = {}
         for name, part in parts.items():
             tokenised = [self.vocabulary.encode(document) for document in part]

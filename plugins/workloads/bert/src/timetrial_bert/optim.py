@@ -21,9 +21,10 @@ class LAMB(torch.optim.Optimizer):
         w = w - lr * trust * u                                         trust = |w| / |u|, 1 where either is 0
 
     Each parameter group may set `lr` (a float, or a tensor on the parameters' device), `betas`, `eps`, `weight_decay`,
-    `bias_correction` (False: m' = m and v' = v), `max_grad_norm` (None or 0: no clipping; the norm is that of every
-    group's gradients together) and `adapt` (False: trust = 1). State: `step` (a float32 scalar on the device),
-    `exp_avg` and `exp_avg_sq`. Nothing waits for the device.
+    `bias_correction` (False: m' = m and v' = v, as in Google's own version, google-research/albert,
+    lamb_optimizer.py), `max_grad_norm` (None or 0: no clipping; the norm is that of every group's gradients together)
+    and `adapt` (False: trust = 1). State: `step` (a float32 scalar on the device), `exp_avg` and `exp_avg_sq`. Nothing
+    waits for the device.
     """
 
     def __init__(
