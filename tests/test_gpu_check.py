@@ -91,6 +91,8 @@ def test_opts_that_the_workload_refuses_are_left_out_of_all(tool: ModuleType) ->
 
     check = Answers(device="cpu", opts={}, workloads=[], jobs=1, ceilings={"fp32": 2.0})
     row = tool._timed(check, [], ["a", "b", "c"], flops=1e10)
+    refusing = Answers(device="cpu", opts={}, workloads=[], jobs=1)
+    assert tool._timed(refusing, [], ["b"], flops=1e10)["verdict"] == "refused"
     assert row == {"opts": "a + c", "samples/s": 105.0, "TFLOP/s": 1.05, "of": "fp32", "share of ceiling": "52.5%"}
 
 
