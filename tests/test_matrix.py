@@ -1,5 +1,5 @@
 """Every pair of installed opts trains as declared, or is refused as declared, on a plain, a convolutional and a
-transformer workload. Minutes: `-m convergence`. tools/matrix.py prints the same cells as a table."""
+transformer workload. Minutes: `-m matrix`. tools/matrix.py prints the same cells as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.testing.matrix import pairs, try_composition
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from matrix import SETTINGS, TRIPLES, WORKLOADS
 
-pytestmark = [pytest.mark.convergence, pytest.mark.distributed]
+pytestmark = [pytest.mark.matrix, pytest.mark.distributed]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

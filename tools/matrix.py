@@ -16,7 +16,10 @@ from core.testing.matrix import Cell, installed_opts, pairs, try_composition
 WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
-}
+    "bert": (
+        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "stop.steps=4", "warmup_steps=0",
+    ),
+}  # fmt: skip
 """Small enough for seconds a run."""
 SETTINGS = {
     "compile": ("opt.compile.backend=aot_eager",),
