@@ -31,15 +31,15 @@ def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
 
 
 TOY = (
-    "workload=toy", "backend=single", "workload.dropout=0.3", "workload.examples=232", "workload.eval_every=1",
+    "workload=toy", "workload.dropout=0.3", "workload.examples=232", "workload.eval_every=1",
     "stop.epochs=6", "workload.target=1.0",
 )  # fmt: skip
 
 
 def test_a_run_with_graphs_ends_with_the_bits_of_the_eager_run(tmp_path: Path) -> None:
     opts = "+opt=[cuda_graphs,fused_optimizer]"  # the same optimizer in both
-    eager = run_cli(*TOY, "+opt=fused_optimizer", run_dir=tmp_path / "eager").expect(4)
-    graphs = run_on_tape(*TOY, opts, run_dir=tmp_path / "graphs").expect(4)
+    eager = run_cli(*TOY, "backend=single", "+opt=fused_optimizer", run_dir=tmp_path / "eager").expect(4)
+    graphs = run_on_tape(*TOY, "backend=single", opts, run_dir=tmp_path / "graphs").expect(4)
     assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
     assert graphs.losses == eager.losses
     assert graphs.result["quality"] == eager.result["quality"]
@@ -53,7 +53,7 @@ def test_a_run_with_graphs_ends_with_the_bits_of_the_eager_run(tmp_path: Path) -
 
 
 def test_a_resumed_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path) -> None:
-    arguments = (*TOY, "+opt=cuda_graphs", "checkpoint.every_steps=20")
+    arguments = (*TOY, "backend=single", "+opt=cuda_graphs", "checkpoint.every_steps=20")
     whole = run_on_tape(*arguments, "stop.steps=40", run_dir=tmp_path / "whole").expect(4)
     run_on_tape(*arguments, "stop.steps=20", run_dir=tmp_path / "parts").expect(4)
     parts = run_on_tape(*arguments, "stop.steps=40", run_dir=tmp_path / "parts").expect(4)
@@ -61,12 +61,21 @@ def test_a_resumed_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path)
     assert parts.result["parameters_sha256"] == whole.result["parameters_sha256"]
 
 
-def test_amp_and_accumulation_lie_inside_the_graph(tmp_path: Path) -> None:
-    arguments = (*TOY, "opt.grad_accumulation.steps=2", "stop.steps=20")
-    eager = run_cli(*arguments, "+opt=[amp,fused_optimizer,grad_accumulation]", run_dir=tmp_path / "eager").expect(4)
-    opts = "+opt=[grad_accumulation,cuda_graphs,amp,fused_optimizer]"
-    graphs = run_on_tape(*arguments, opts, run_dir=tmp_path / "graphs").expect(4)
+@pytest.mark.parametrize(
+    ("backend", "opts"),
+    [
+        (("backend=single", "opt.grad_accumulation.steps=2"), "amp,fused_optimizer,grad_accumulation"),
+        (("backend=gloo", "backend.ddp=always"), "fused_optimizer,stream_overlap"),
+    ],
+    ids=["amp and accumulation", "ddp and overlap"],
+)
+def test_what_other_opts_do_lies_inside_the_graph(backend: tuple[str, ...], opts: str, tmp_path: Path) -> None:
+    arguments = (*TOY, *backend, "stop.steps=24")
+    eager = run_cli(*arguments, f"+opt=[{opts}]", run_dir=tmp_path / "eager").expect(4)
+    graphs = run_on_tape(*arguments, f"+opt=[{opts},cuda_graphs]", run_dir=tmp_path / "graphs").expect(4)
     assert graphs.losses == eager.losses
+    assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
+    assert graphs.evidence["cuda_graphs"]["figures"]["train"]["replays"] > 10
     assert all(evidence["active"] for evidence in graphs.evidence.values())
 
 

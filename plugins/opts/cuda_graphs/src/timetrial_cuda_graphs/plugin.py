@@ -22,6 +22,9 @@ DDP_WARMUP = 11
 """Eager iterations that DistributedDataParallel makes before it can be captured (PyTorch, "CUDA semantics"): it lays
 its buckets out anew after the first, and times some of the following ones for its log."""
 
+NEVER = 2**31 - 1
+"""Iterations between two that DistributedDataParallel times for its log, which it cannot do while it is captured."""
+
 INFERENCE_WARMUP = 3
 """Eager inference steps before a capture, as many as `torch.cuda.make_graphed_callables` makes."""
 
@@ -146,12 +149,13 @@ class CudaGraphs(Plugin):
         from timetrial_cuda_graphs.graphed import Graphed
         from timetrial_cuda_graphs.optimizer import REMEDY, replayable
 
-        ddp = any(isinstance(module, DistributedDataParallel) for module in ctx.distributed_model.modules())
-        if ddp and self.config.warmup < DDP_WARMUP:
-            raise UsageError(
-                f"opt.cuda_graphs.warmup={self.config.warmup}: with DistributedDataParallel at least {DDP_WARMUP} "
-                "eager steps are needed"
-            )
+        for ddp in (m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)):
+            if self.config.warmup < DDP_WARMUP:
+                raise UsageError(
+                    f"opt.cuda_graphs.warmup={self.config.warmup}: with DistributedDataParallel at least {DDP_WARMUP} "
+                    "eager steps are needed"
+                )
+            ddp._set_ddp_runtime_logging_sample_rate(NEVER)
         hint = f"leave out 'cuda_graphs', or {REMEDY} if it is the optimizer that waits for the device"
         return Graphed(
             step,
