@@ -17,7 +17,8 @@ WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
     "bert": (
-        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "stop.steps=4", "warmup_steps=0",
+        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "workload.eval_batch_size=8",
+        "stop.steps=4",
     ),
 }  # fmt: skip
 """Small enough for seconds a run."""
