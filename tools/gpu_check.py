@@ -76,7 +76,11 @@ TRADES_TIME = ("activation_checkpointing", "grad_accumulation", "fsdp", "gradien
 
 SETTINGS = {
     "cuda": {"sharp": ("opt.sharp.ranks_per_node=1",)},
-    "cpu": {"sharp": ("opt.sharp.ranks_per_node=1",), "compile": ("opt.compile.backend=aot_eager",)},
+    "cpu": {
+        "sharp": ("opt.sharp.ranks_per_node=1",),
+        "compile": ("opt.compile.backend=aot_eager",),
+        "stream_overlap": ("opt.stream_overlap.profile_after=2",),
+    },
 }
 """What single opts need in the sections on correctness, and to be quick."""
 TRACED_ONLY = "opt.compile.backend=aot_eager"
