@@ -24,6 +24,9 @@ CPU = torch.device("cpu")
 X_NF = torch.randn(16, 12, generator=torch.Generator().manual_seed(3))
 
 
+on_cpu_alone = pytest.mark.skipif(torch.cuda.is_available(), reason="torch's PowerSGD waits for any GPU that it sees")
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -61,6 +64,7 @@ def test_bf16_rounds_the_gradient_and_halves_the_bytes() -> None:
     assert vars(exchange.compressed) == {"steps": 1, "gradients": 4 * (96 + 8), "sent": 2 * (96 + 8)}
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_powersgd_sends_two_factors_and_the_bias() -> None:
     exchange = powersgd()
@@ -70,6 +74,7 @@ def test_powersgd_sends_two_factors_and_the_bias() -> None:
     assert [int(torch.linalg.matrix_rank(g)) for g in got][2] == 1
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_what_powersgd_does_not_send_is_sent_later() -> None:
     """Over all steps, gradients sent and the error kept add up to the true gradients."""
@@ -89,6 +94,7 @@ def resumed(exchange: PowerSgd) -> list[Tensor]:
     return gradients(model, range(5, 7))
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_powersgd_goes_on_from_its_state_and_not_without_it() -> None:
     undisturbed, killed = gradients(network(powersgd()), range(7)), powersgd()
@@ -100,6 +106,7 @@ def test_powersgd_goes_on_from_its_state_and_not_without_it() -> None:
     assert not torch.equal(resumed(bare)[0], undisturbed[5])
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_state_of_other_buckets_is_refused() -> None:
     exchange = powersgd()
@@ -108,6 +115,7 @@ def test_state_of_other_buckets_is_refused() -> None:
         gradients(network(exchange), range(1))
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_a_gradient_of_zeros_stays_finite() -> None:
     exchange = powersgd()
@@ -133,6 +141,7 @@ def test_bf16_between_two_ranks_stays_near_the_baseline() -> None:
     assert evidence["figures"]["compressed"] == {"steps": 12, "gradients": 12 * 4 * parameters, "sent": 24 * parameters}
 
 
+@on_cpu_alone
 @pytest.mark.distributed
 def test_powersgd_of_full_rank_in_several_buckets_gives_the_baselines_result() -> None:
     """As many columns as the matrices have lose nothing; a wrong order of exchanges would give nonsense, or hang."""
@@ -153,16 +162,18 @@ def plugin(**changes: Any) -> GradientCompression:
     return GradientCompression(validate(GradientCompressionConfig, values, "opt.gradient_compression"))
 
 
+@on_cpu_alone
 @pytest.mark.parametrize(
     ("warmup_steps", "opts", "message"),
     [(0, {}, "needs warmup_steps of at least 1"), (1, {"cuda_graphs": {}}, "no CUDA graph can hold")],
 )
 def test_powersgd_refuses_what_would_break_it(warmup_steps: int, opts: dict[str, Any], message: str) -> None:
-    ctx: Any = SimpleNamespace(config=SimpleNamespace(warmup_steps=warmup_steps, opt=opts))
+    ctx: Any = SimpleNamespace(config=SimpleNamespace(warmup_steps=warmup_steps, opt=opts), device=CPU)
     with pytest.raises(UsageError, match=message):
         plugin().communication_hook(ctx)
 
 
+@on_cpu_alone
 @pytest.mark.usefixtures("process_group")
 def test_evidence_tells_warm_up_whole_and_compressed_steps_apart() -> None:
     mine = plugin(start_step=3, rank=1)

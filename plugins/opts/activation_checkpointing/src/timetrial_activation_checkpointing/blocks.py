@@ -42,7 +42,7 @@ class CheckpointedBlock:
                 self._observe(args, kwargs)
             return self._checkpointed(*args, **kwargs)
 
-        return forward  # a function: the compiler traces no bound `__call__` that is an attribute of a module
+        return forward
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self.forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)

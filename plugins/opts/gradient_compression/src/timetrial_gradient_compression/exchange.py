@@ -81,9 +81,7 @@ class PowerSgd:
     def __init__(self, rank: int, start_step: int, min_rate: float, seed: int, device: torch.device) -> None:
         self.group = CountingGroup()
         self.rank, self.start_step, self.min_rate, self.seed = rank, start_step, min_rate, seed
-        # On a CPU, the three all-reduces of a bucket are issued from callbacks, in threads whose order differs from
-        # rank to rank as soon as two buckets are under way. On CUDA, callbacks run at once, in the issuing thread.
-        self.one_at_a_time = device.type == "cpu"
+        self.device = device
         self.reset()
 
     def reset(self) -> None:
@@ -103,7 +101,9 @@ class PowerSgd:
         _count(traffic, bucket)
         self._check(bucket)
         future = powerSGD_hook(self.state, bucket)
-        if self.one_at_a_time:
+        if self.device.type == "cpu":
+            # The hook issues all-reduces from callbacks. On CUDA they run at once, in this thread; gloo runs them in
+            # its own, whose order differs from rank to rank as soon as two buckets are under way.
             future.wait()
         return future
 
@@ -117,25 +117,16 @@ class PowerSgd:
 
     def state_dict(self) -> dict[str, Any]:
         # Not the random generator: with warm start, Q is drawn once for all buckets, in the first compressed step.
-        state = self.state
-        return {
-            "step": state.iter,
-            "errors": dict(state.error_dict),
-            "p": dict(state.p_memory_dict),
-            "q": dict(state.q_memory_dict),
-        }
+        s = self.state
+        return {"step": s.iter, "errors": s.error_dict, "p": s.p_memory_dict, "q": s.q_memory_dict}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:
             return
         self.state.iter = state["step"]
-        device = torch.device("cpu") if self.one_at_a_time else torch.device("cuda", torch.cuda.current_device())
-        for name, mine in (
-            ("errors", self.state.error_dict),
-            ("p", self.state.p_memory_dict),
-            ("q", self.state.q_memory_dict),
-        ):
-            mine.update({index: tensor.to(device) for index, tensor in state[name].items()})
+        kept = {"errors": self.state.error_dict, "p": self.state.p_memory_dict, "q": self.state.q_memory_dict}
+        for name, buckets in kept.items():
+            buckets.update({index: tensor.to(self.device) for index, tensor in state[name].items()})
 
 
 def _count(traffic: Traffic, bucket: dist.GradBucket) -> None:

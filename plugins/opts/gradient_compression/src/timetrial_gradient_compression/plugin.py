@@ -92,7 +92,14 @@ class GradientCompression(Plugin):
             self._begun = True
 
     def _refuse_what_powersgd_cannot(self, ctx: RunContext) -> None:
+        import torch
+
         where = "opt.gradient_compression.method=powersgd"
+        if ctx.device.type == "cpu" and torch.cuda.is_available():
+            raise UsageError(
+                f"{where} on CPU ranks works only where torch sees no GPU, for torch's hook waits for any that it "
+                "sees: set CUDA_VISIBLE_DEVICES to nothing, or use backend=nccl"
+            )
         if ctx.config.warmup_steps == 0:
             raise UsageError(
                 f"{where} needs warmup_steps of at least 1: buckets take their final shape after the first backward "
