@@ -41,12 +41,15 @@ def test_it_composes_with_accumulation_and_switched_off_parts_say_so() -> None:
     assert "in the backward pass, one for each bucket" in figures["updates"]["what"]
 
 
-def test_one_rank_that_accumulates_updates_after_the_backward_pass_and_says_why(tmp_path: Path) -> None:
-    opts = ("+opt=[stream_overlap,grad_accumulation]", "stop.steps=3", "opt.stream_overlap.profile_after=1")
-    outcome = run_cli("workload=toy", *opts, run_dir=tmp_path / "run").expect(4)
+def test_what_one_rank_on_a_cpu_has_no_use_for_says_so(tmp_path: Path) -> None:
+    short = ("stop.steps=4", "opt.stream_overlap.profile_after=1")
+    outcome = run_cli("workload=toy", "+opt=stream_overlap", *short, run_dir=tmp_path / "run").expect(4)
     figures = outcome.evidence["stream_overlap"]["figures"]
-    assert "cannot tell the last of several backward passes" in figures["updates"]["what"]
-    assert figures["profiled_steps"] == 1  # the run ended within the window
+    assert figures["updates"]["what"] == "not in the backward pass: one rank on a CPU has nothing to run them beside"
+    assert figures["communication"]["what"] == "one rank exchanges nothing"
+    assert figures["copies"]["what"] == "a CPU reads batches where they are"
+    assert figures["profiled_steps"] == 2  # the run ended within the window
+    assert outcome.evidence["stream_overlap"]["numerics"] == "bitwise"
 
 
 def test_with_everything_switched_off_it_is_refused(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ class StreamOverlap(Plugin):
             self._without_updates = OFF
         elif ddp is None and ctx.world_size > 1:
             self._without_updates = "no DistributedDataParallel exchanges the gradients"
+        elif ddp is None and ctx.device.type == "cpu":
+            self._without_updates = "one rank on a CPU has nothing to run them beside"
         elif ddp is None and ctx.figures.get("gradient_accumulation_steps", 1) > 1:
             self._without_updates = "one rank cannot tell the last of several backward passes in a step"
         else:
@@ -255,8 +257,6 @@ class StreamOverlap(Plugin):
         words = f"{updates.buckets / max(1, updates.steps):.3g} a step in the backward pass, one for each bucket"
         if updates.late:
             words += f", {updates.late} parameters after it"
-        if ctx.world_size == 1 and ctx.device.type == "cpu":
-            words += ", in its own thread: one rank on a CPU has nothing to run them beside"
         return Part("updates", words, updates.buckets > 0, updated)
 
 
