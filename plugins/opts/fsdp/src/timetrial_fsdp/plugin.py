@@ -36,8 +36,7 @@ class Fsdp(Plugin):
         numerics="tolerance",
         conflicts={
             "channels_last": "FSDP2 shards contiguous parameters only, and channels-last weights are not",
-            "compile": "it compiles the model as a whole, which FSDP2's hooks around each block break up until no graph "
-            "is left",
+            "compile": "it compiles the model as a whole, which FSDP2's hooks around each block break up",
             "cuda_graphs": "parameters are gathered into memory that is freed and allocated again within a step, which "
             "a graph cannot replay",
         },
