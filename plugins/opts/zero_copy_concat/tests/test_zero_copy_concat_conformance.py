@@ -5,4 +5,11 @@ from core.testing.suites import OptSuite
 
 class TestZeroCopyConcat(OptSuite):
     name = "zero_copy_concat"
-    workload = ("workload=bert",)
+    workload = (
+        "workload=bert",
+        "workload.global_batch_size=16",
+        "workload.sequence_length=32",
+        "workload.eval_every_samples=160",
+        "workload.target=0.001",
+    )
+    steps = 6
