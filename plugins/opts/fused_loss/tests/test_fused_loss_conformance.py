@@ -10,7 +10,7 @@ class TestFusedLoss(OptSuite):
         "workload.global_batch_size=16",
         "workload.sequence_length=32",
         "workload.eval_every_samples=160",
-        "workload.target=0.01",
+        "workload.target=0.001",
     )
     settings = ("opt.fused_loss.positions=40",)
     steps = 6

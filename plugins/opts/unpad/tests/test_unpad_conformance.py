@@ -14,6 +14,6 @@ class TestUnpad(OptSuite):
         "workload.global_batch_size=8",
         "workload.eval_batch_size=64",
         "workload.eval_every_samples=64",
-        "workload.target=0.01",
+        "workload.target=0.001",
     )
     steps = 6

@@ -9,7 +9,7 @@ B sequences, S positions of a padded row, P predictions of a row; T tokens and N
     masked_positions           [B, P]    picked [N + B]: places in the long row of the masked tokens, then of each [CLS]
     masked_labels              [B, P]    [N]
     next_sentence_labels       [B]       [B]
-                                         longest: S, a bound on the length of every sequence
+                                         longest: a bound on the length of every sequence; S, unless filling is longer
 
 Everything else is handed on. Filling, where sizes are rounded up, is one more sequence at the end, of [PAD] tokens, and
 predictions without a label.
@@ -71,8 +71,9 @@ def unpad(data: dict[str, Any], round_to: int = 1, counts: Counts | None = None)
     masked_N = (data["masked_positions"][order_B] + starts_B[:-1, None])[labelled]
 
     tokens, predicted = len(kept_T), len(labels_N)
-    filling, unlabelled = -tokens % round_to, -predicted % round_to
-    if round_to > 1:  # also where nothing is to be filled, so that the number of sequences stays
+    filling, unlabelled = 0, -predicted % round_to
+    if round_to > 1:  # at least one, so that the number of sequences stays, and none is empty: kernels want that
+        filling = round_to - tokens % round_to
         starts_B = F.pad(starts_B, (0, 1), value=tokens + filling)
     if counts is not None:
         counts.batches += 1
@@ -94,5 +95,5 @@ def unpad(data: dict[str, Any], round_to: int = 1, counts: Counts | None = None)
         "picked": torch.cat([F.pad(masked_N, (0, unlabelled)), starts_B[:rows]]),
         "masked_labels": F.pad(labels_N, (0, unlabelled), value=IGNORED),
         "next_sentence_labels": data["next_sentence_labels"][order_B],
-        "longest": width,
+        "longest": max(width, round_to),
     }
