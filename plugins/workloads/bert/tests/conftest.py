@@ -70,7 +70,7 @@ def real_text() -> Path:
     return folder
 
 
-SETTINGS = ("workload.vocab_file=null", "workload.vocab_size=150", "workload.shard_mib=0.01", "workload.held_out=0.2")
+SETTINGS = ("workload.vocab_file=null", "workload.vocab_size=150", "workload.shard_mib=0.001", "workload.held_out=0.2")
 
 
 def _command(source: Path, out: Path, *more: str) -> list[str]:

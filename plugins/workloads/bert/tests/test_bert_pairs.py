@@ -104,7 +104,8 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_dynamic_masks_change_with_the_epoch_and_static_ones_do_not(make: MakeWorkload) -> None:
+    workload = make("bert")
     for masking, changes in (("dynamic", True), ("static", False)):
-        workload = make("bert", f"masking={masking}")
+        workload.config.masking = masking
         first, second = (workload.examples.train([3], epoch)[0] for epoch in (1, 2))
         assert (first.masked_positions.tolist() != second.masked_positions.tolist()) == changes
