@@ -212,7 +212,7 @@ class Workload(Protocol):
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         """This rank's batches of one epoch, in host memory or on the device, from batch number `first_batch` on: the
-        same as when the epoch is read from its start. Every rank yields equally many."""
+        same as when the epoch is read from its start. Every rank yields equally many. Another thread may iterate."""
         ...
 
     def synthetic_batch(self) -> Batch:

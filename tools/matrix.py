@@ -19,14 +19,15 @@ WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
     "bert": (
-        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "workload.eval_batch_size=8",
-        "stop.steps=4",
+        "workload=bert", "data=synthetic", "workload.synthetic_fill=0.6", "workload.global_batch_size=8",
+        "workload.sequence_length=32", "stop.steps=4",
     ),
 }  # fmt: skip
 """Small enough for seconds a run."""
 SETTINGS = {
     "compile": ("opt.compile.backend=aot_eager",),
-    "sharp": ("opt.sharp.ranks_per_node=1",),
+    "sharp": ("opt.sharp.ranks_per_node=2",),
+    "stream_overlap": ("opt.stream_overlap.profile_after=1",),
 }
 """What single opts need to run here, and fast."""
 TRIPLES = [("cuda_graphs", "stream_overlap", "sharp")]
