@@ -81,7 +81,8 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self.position).update(state["position"])
         self.quality, self.evaluated_step = state["quality"], state["evaluated_step"]
-        self.next_eval, self.train_seconds = state["next_eval"], state["train_s"]
+        self.next_eval = min(state["next_eval"], self.ctx.workload.eval_cadence.next_after(self._done))
+        self.train_seconds = state["train_s"]
         self._carried, self.started_at = state["clock_s"], state["started_at"]
         self.block_epoch = state["block_epoch"] if self.record.continued else 0
 
@@ -130,7 +131,7 @@ class Watch:
         self.quality, self.evaluated_step = quality, position.step
         self.next_eval = workload.eval_cadence.next_after(self._done)
         several = {target.log_name: quality[target.metric] for target in workload.targets}
-        accuracy = several if len(several) > 1 else quality[workload.targets[0].metric]
+        accuracy = several if len(workload.targets) > 1 else quality[workload.targets[0].metric]
         mllog.event(constants.EVAL_ACCURACY, accuracy, {"epoch_num": self._done})
         mllog.end(constants.EVAL_STOP, None, {"epoch_num": self._done})
         self.record.metrics(position, time_s=seconds, quality=quality)
