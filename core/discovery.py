@@ -86,15 +86,15 @@ class Registry:
         )
         self._refuse_clashes()
 
-    def of_kind(self, kind: str) -> list[Installed]:
-        return [p for p in self.plugins if p.kind == kind]
+    def names(self, kind: str) -> list[str]:
+        return [p.name for p in self.plugins if p.kind == kind]
 
     def find(self, kind: Kind, name: str) -> Installed:
-        options = {p.name: p for p in self.of_kind(kind)}
-        if name not in options:
-            reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
-            raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, options)}")
-        return options[name]
+        for plugin in self.plugins:
+            if (plugin.kind, plugin.name) == (kind, name):
+                return plugin
+        reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
+        raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
 
     def _refuse_clashes(self) -> None:
         """Hydra and pluggy would let one silently shadow the other."""

@@ -113,7 +113,7 @@ def _environment(plan: RunPlan, config: RunConfig) -> Generator[None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = dict(os.environ)
     ours = {
-        "OMP_NUM_THREADS": str(max(1, cores // config.launch.nproc)),
+        "OMP_NUM_THREADS": str(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))),
         # OpenMP threads that wait by spinning for long stall each other where cores are shared with other programs:
         # with both of two cores busy, resnet made 60 to 99 samples/s, and with this 960.
         "GOMP_SPINCOUNT": "1000",

@@ -157,7 +157,7 @@ def _backend(name: str, registry: Registry, world_size: int, local_ranks: int) -
         backend = registry.find("backend", name)
         return backend, _probe(backend, world_size, local_ranks)
     able: list[tuple[int, Installed, Devices]] = []
-    for backend in registry.of_kind("backend"):
+    for backend in (registry.find("backend", name) for name in registry.names("backend")):
         with contextlib.suppress(UsageError):  # one that is broken or cannot run here is passed over
             devices = _probe(backend, world_size, local_ranks)
             able.append((cast(BackendSpec, backend.load().spec).preference, backend, devices))

@@ -85,7 +85,7 @@ def _conf_dir() -> Path:
 def _options_of(group: str, registry: Registry) -> list[str]:
     """The options of a configuration group: core's own, and those of the installed plugins."""
     own = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
-    return sorted(own | {plugin.name for plugin in registry.of_kind(group)})
+    return sorted(own | set(registry.names(group)))
 
 
 def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
