@@ -190,7 +190,7 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("sweep")
     rates = "workload.learning_rate=0.1,-1,0.2"
-    return run_raw("-m", "workload=toy", rates, "opt=[],channels_last", cwd=folder, run_dir=folder)
+    return run_raw("-m", "workload=toy", rates, "opt=[],grad_accumulation", cwd=folder, run_dir=folder)
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(sweep: Outcome) -> None:
@@ -223,7 +223,7 @@ def test_a_secret_from_the_environment_is_written_to_no_file(tmp_path: Path) -> 
 
 def test_the_order_of_opts_does_not_matter(tmp_path: Path) -> None:
     plans = []
-    for number, order in enumerate(("[amp,channels_last]", "[channels_last,amp]")):
+    for number, order in enumerate(("[amp,grad_accumulation]", "[grad_accumulation,amp]")):
         run = run_cli("workload=toy", f"+opt={order}", "stop.steps=3", run_dir=tmp_path / str(number)).expect(4)
         plans.append((run.result["plan_hash"], run.result["plugins"], run.result["parameters_sha256"]))
     assert plans[0] == plans[1]

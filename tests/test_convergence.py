@@ -18,8 +18,11 @@ def race(tmp_path: Path, *arguments: str) -> Outcome:
     return run_fresh(*arguments, f"run_dir={run_dir}", cwd=tmp_path, run_dir=run_dir).expect(0)
 
 
-def test_the_default_command_reaches_its_target_and_the_official_checker_passes(tmp_path: Path) -> None:
-    outcome = race(tmp_path)
+@pytest.mark.parametrize("arguments", [(), ("workload=bert",)], ids=["default", "bert"])
+def test_a_plain_command_reaches_its_target_and_the_official_checkers_pass(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    outcome = race(tmp_path, *arguments)
     assert outcome.result["status"] == "success"
     assert outcome.result["time_to_train_s"] > 0
     checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0"]

@@ -60,6 +60,12 @@ class Outcome:
 _server = ForkServer()
 
 
+def run_ranks(ranks: int, *overrides: str, run_dir: Path) -> Outcome:
+    """As `run_cli`, with this many ranks as an outer launcher would start them; the outcome is that of rank 0."""
+    arguments = [*overrides, f"run_dir={run_dir}"]
+    return Outcome(*_server.run(arguments, run_dir.parent, environment(), ranks), run_dir)
+
+
 def run_cli(*overrides: str, run_dir: Path, fault: str = "", cwd: Path | None = None, **env: str) -> Outcome:
     """`python -m core.run OVERRIDES run_dir=RUN_DIR`; `fault` is armed as core/testing/faults.py describes."""
     return run_raw(*overrides, f"run_dir={run_dir}", cwd=cwd or run_dir.parent, run_dir=run_dir, fault=fault, **env)

@@ -1,7 +1,8 @@
 """A process that has imported torch and core once, and forks itself for each command: half a second instead of six.
 
 The child runs `core.run.main` with the command's arguments, environment and folder, as `python -m core.run` would; what
-it does not repeat is the import. Tests whose subject is start-up itself use a fresh interpreter.
+it does not repeat is the import. Several children are the ranks of one run, as under an outer launcher. Tests whose
+subject is start-up itself use a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import atexit
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ class ForkServer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
+    def run(self, arguments: list[str], cwd: Path, env: dict[str, str], ranks: int = 1) -> tuple[int, str, str]:
         if self._process is None:
             command = [sys.executable, "-m", "core.testing.forkserver"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
@@ -30,7 +32,7 @@ class ForkServer:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            request = {"arguments": arguments, "cwd": str(cwd), "env": env, "folder": folder}
+            request = {"arguments": arguments, "cwd": str(cwd), "env": env, "folder": folder, "ranks": ranks}
             print(json.dumps(request), file=self._process.stdin, flush=True)
             code = int(self._process.stdout.readline())
             return code, Path(folder, "stdout").read_text(), Path(folder, "stderr").read_text()
@@ -42,11 +44,28 @@ def _serve() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(request)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        children = [_fork({**request, "env": {**request["env"], **env}}) for env in _ranks(request["ranks"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(codes[0], flush=True)
+
+
+def _ranks(count: int) -> list[dict[str, str]]:
+    """What a launcher would set for each rank; nothing for a single one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _fork(request: dict[str, object]) -> int:
+    """The child's number; the child itself does not return."""
+    child = os.fork()
+    if child == 0:
+        _become(request)
+    return child
 
 
 def _become(request: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.testing.cli import run_cli
 from core.types import Batch
 from timetrial_channels_last.layout import convert_data, convert_weights, probe, share_of_weights
 from timetrial_channels_last.plugin import ChannelsLast, ChannelsLastConfig
@@ -108,3 +110,8 @@ def test_a_model_without_convolutions_is_no_evidence(composed: tuple[ChannelsLas
     ctx = SimpleNamespace(model=nn.Linear(2, 2))
     list(hook.wrap_batches(ctx=ctx, batches=[Batch(torch.randn(2, 2), samples=2)]))
     assert not plugin.verify(ctx).active
+
+
+def test_a_model_without_convolutions_is_refused(tmp_path: Path) -> None:
+    outcome = run_cli("workload=toy", "+opt=channels_last", run_dir=tmp_path / "run").expect(2)
+    assert "'channels_last' does not apply" in outcome.stderr

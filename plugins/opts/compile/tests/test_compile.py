@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,13 +38,12 @@ class Breaking(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_compiled_before() -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
 
 
 def prepared(model: nn.Module, **settings: Any) -> tuple[Compile, Any]:
-    config = CompileConfig(**{"mode": "default", "dynamic": None, "fullgraph": False, **settings})
+    config = CompileConfig(**{"backend": "eager", "mode": "default", "dynamic": None, "fullgraph": False, **settings})
     manager, plugin = pluggy.PluginManager(PROJECT), Compile(config)
     manager.add_hookspecs(Hooks)
     manager.register(Baseline())
@@ -103,5 +101,6 @@ def test_what_others_compiled_before_is_not_counted() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
+    settings = {"backend": "inductor", "mode": "max_autotune", "dynamic": None, "fullgraph": False}
     with pytest.raises(UsageError, match="did you mean 'max-autotune'"):
-        validate(CompileConfig, {"mode": "max_autotune", "dynamic": None, "fullgraph": False}, "opt.compile")
+        validate(CompileConfig, settings, "opt.compile")

@@ -52,7 +52,8 @@ class Gloo(Plugin):
 
         if ctx.world_size == 1 and self.config.ddp == "auto":
             return model
-        return process_group.distribute(model, ctx.device, bucket_cap_mb=self.config.bucket_cap_mb)
+        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mb})
+        return process_group.distribute(model, ctx.device, **settings)
 
     @hookimpl(wrapper=True)
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
@@ -72,12 +73,13 @@ class Gloo(Plugin):
     def verify(self, ctx: RunContext) -> Evidence:
         from torch.nn.parallel import DistributedDataParallel
 
-        ddp = any(isinstance(m, DistributedDataParallel) for m in ctx.distributed_model.modules())
+        wrapped = [m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)]
+        ddp, cap = bool(wrapped), wrapped[0].bucket_bytes_cap / 2**20 if wrapped else None  # as it is, not as asked for
         ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size > 1)}"
         return Evidence(
             plugin="gloo",
             active=ddp or ctx.world_size == 1,
             summary=f"{ranks} on the CPU joined; "
             f"gradients {'are averaged by DistributedDataParallel' if ddp else 'are not exchanged'}",
-            figures={"world_size": ctx.world_size, "ddp": ddp, "bucket_cap_mb": self.config.bucket_cap_mb},
+            figures={"world_size": ctx.world_size, "ddp": ddp, "bucket_cap_mb": cap},
         )

@@ -62,7 +62,8 @@ class Nccl(Plugin):
 
         if ctx.world_size == 1 and self.config.ddp == "auto":
             return model
-        return process_group.distribute(model, ctx.device, bucket_cap_mb=self.config.bucket_cap_mb)
+        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mb})
+        return process_group.distribute(model, ctx.device, **settings)
 
     @hookimpl(wrapper=True)
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
@@ -84,7 +85,8 @@ class Nccl(Plugin):
         from torch.cuda import nccl
         from torch.nn.parallel import DistributedDataParallel
 
-        ddp = any(isinstance(m, DistributedDataParallel) for m in ctx.distributed_model.modules())
+        wrapped = [m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)]
+        ddp, cap = bool(wrapped), wrapped[0].bucket_bytes_cap / 2**20 if wrapped else None  # as it is, not as asked for
         version = ".".join(map(str, nccl.version()))
         name = torch.cuda.get_device_name(ctx.device)
         ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size > 1)}"
@@ -98,6 +100,6 @@ class Nccl(Plugin):
                 "device_name": name,
                 "world_size": ctx.world_size,
                 "ddp": ddp,
-                "bucket_cap_mb": self.config.bucket_cap_mb,
+                "bucket_cap_mb": cap,
             },
         )

@@ -99,18 +99,15 @@ def join(backend: str, device: torch.device, timeout_s: float) -> ProcessGroup:
     return ProcessGroup(rank, world_size, device)
 
 
-def distribute(model: nn.Module, device: torch.device, *, bucket_cap_mb: float) -> nn.Module:
-    """`model` in DistributedDataParallel, which averages the ranks' gradients during the backward pass.
+def distribute(model: nn.Module, device: torch.device, **settings: Any) -> nn.Module:
+    """`model` in DistributedDataParallel, which averages the ranks' gradients during the backward pass; `settings` are
+    keyword arguments of its own.
 
     Buffers are not broadcast from rank 0 at each forward pass, torch's default: that costs a collective a step, throws
     away what the other ranks saw, and is of no use where ranks compute equal buffers. `average_buffers` does instead.
     """
-    return DistributedDataParallel(
-        model,
-        device_ids=None if device.type == "cpu" else [device.index],
-        broadcast_buffers=False,
-        bucket_cap_mb=bucket_cap_mb,
-    )
+    device_ids = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, **settings)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from core.errors import PluginError
 from core.hookspecs import hookimpl
 from core.types import Batch, Evidence, OptSpec, Plugin, RunContext
 
@@ -31,9 +32,12 @@ class ChannelsLast(Plugin):
 
     @hookimpl(wrapper=True)
     def prepare_model(self) -> Generator[None, nn.Module, nn.Module]:
-        from timetrial_channels_last.layout import convert_weights
+        from timetrial_channels_last.layout import convert_weights, share_of_weights
 
-        return convert_weights((yield))
+        model = yield
+        if share_of_weights(model)[1] == 0:
+            raise PluginError("opt 'channels_last' does not apply here: the model has no 4-D weights; leave it out")
+        return convert_weights(model)
 
     @hookimpl(wrapper=True)
     def wrap_batches(self) -> Generator[None, Iterable[Batch], Iterable[Batch]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from timetrial_compile.compiled import Counts
 
+BACKENDS = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -23,6 +24,8 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 class CompileConfig:
     """Settings of `opt.compile`, with the meaning that torch.compile gives them."""
 
+    backend: str = checked(choices=BACKENDS)
+    """`inductor` generates kernels; the others only trace the model, in seconds: to find out what stands in the way."""
     mode: str = checked(choices=MODES)
     """How long to search for fast kernels, and whether to capture CUDA graphs."""
     dynamic: bool | None
@@ -55,7 +58,12 @@ class Compile(Plugin):
         model = yield
         # Without a frame of its own, a model whose class is torch's (nn.Sequential) is silently left uncompiled.
         with torch.compiler.config.patch(wrap_top_frame=True):  # pyright: ignore[reportAttributeAccessIssue]
-            model.compile(mode=self.config.mode, dynamic=self.config.dynamic, fullgraph=self.config.fullgraph)
+            model.compile(
+                backend=self.config.backend,
+                mode=self.config.mode,
+                dynamic=self.config.dynamic,
+                fullgraph=self.config.fullgraph,
+            )
         self._before, self._prepared_at = Counts.now(), time.time()
         return model
 

@@ -1,0 +1,202 @@
+"""The opt `cuda_graphs`: a whole training iteration as one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.config import RunConfig, checked
+from core.errors import UsageError
+from core.hookspecs import hookimpl
+from core.types import Backend, Evidence, OptSpec, Plugin, RunContext, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from timetrial_cuda_graphs.graphed import Capture, Graphed
+    from timetrial_cuda_graphs.parts import Part
+
+DDP_WARMUP = 11
+"""Eager iterations that DistributedDataParallel makes before it can be captured (PyTorch, "CUDA semantics"): it lays
+its buckets out anew after the first, and times some of the following ones for its log."""
+
+NEVER = 2**31 - 1
+"""Iterations between two that DistributedDataParallel times for its log, which it cannot do while it is captured."""
+
+INFERENCE_WARMUP = 3
+"""Eager inference steps before a capture, as many as `torch.cuda.make_graphed_callables` makes."""
+
+COMPILE_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that capture graphs themselves, which cannot be nested."""
+
+
+@dataclass(kw_only=True)
+class CudaGraphsConfig:
+    """Settings of `opt.cuda_graphs`."""
+
+    warmup: int = checked(at_least=1)
+    """Eager steps before the first capture; they are real, counted steps."""
+    max_graphs: int = checked(at_least=1)
+    """Graphs kept for training, and as many for inference."""
+    inference: bool
+    """Whether inference steps are captured too."""
+
+
+class CudaGraphs(Plugin):
+    """Captures the training iteration, from the loss to the update, and the inference step; or, where the workload's
+    spec says "partial", the parts of the model that it names."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="the whole training iteration as one CUDA graph",
+        requires=frozenset({"cuda"}),
+        numerics="tolerance",
+        wraps=frozenset({
+            "amp", "channels_last", "compile", "fused_loss", "fused_optimizer",
+            "grad_accumulation", "gradient_compression", "sequence_packing", "sharp", "stream_overlap", "unpad",
+            "zero_copy_concat",
+        }),
+    )  # fmt: skip
+    Config = CudaGraphsConfig
+    config: CudaGraphsConfig
+
+    _capture: Capture | None = None
+    _rounds_otherwise = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._steps: dict[str, Graphed] = {}
+        self._parts: dict[str, Part] = {}
+
+    # ------------------------------------------------------------------------------------ what can be captured at all
+
+    @hookimpl
+    def environment(self, config: RunConfig) -> dict[str, str]:
+        """Nothing to set. torch's note asks for TORCH_NCCL_ASYNC_ERROR_HANDLING=0; but NCCL's work is not shown to the
+        watchdog while it is captured (pytorch #102542, #104487), and with 0 a dead peer would go unnoticed."""
+        mode = config.opt.get("compile", {}).get("mode")
+        if mode in COMPILE_MODES:
+            raise UsageError(
+                f"opt.compile.mode={mode} captures graphs of its own, inside those of 'cuda_graphs': "
+                "use opt.compile.mode=default or max-autotune-no-cudagraphs"
+            )
+        return {}
+
+    @hookimpl(wrapper=True)
+    def init_backend(self) -> Generator[None, Backend, Backend]:
+        from timetrial_cuda_graphs.cuda import leave_the_default_stream
+
+        backend = yield
+        leave_the_default_stream(backend.device)
+        return backend
+
+    @hookimpl(wrapper=True)
+    def make_workload(self) -> Generator[None, Workload, Workload]:
+        workload = yield
+        if workload.spec.capture == "none":
+            raise UsageError(
+                f"opt 'cuda_graphs': no part of a step of {workload.spec.benchmark} can be captured; leave it out"
+            )
+        return workload
+
+    # --------------------------------------------------------------------------------------------- parts, or the whole
+
+    @hookimpl(wrapper=True)
+    def prepare_model(self, ctx: RunContext) -> Generator[None, nn.Module, nn.Module]:
+        model = yield
+        if ctx.workload.spec.capture == "partial":
+            if "compile" in ctx.config.opt:
+                raise UsageError(
+                    "opts 'compile' and 'cuda_graphs' conflict for a workload of which only parts can be captured: "
+                    "torch.compile cannot look into those; leave one out"
+                )
+            from torch.cuda import make_graphed_callables
+
+            from timetrial_cuda_graphs.parts import graph_parts
+
+            self._parts = graph_parts(
+                model, ctx.workload.spec.capture_parts, _forward_pass(ctx, model), ctx.device, make_graphed_callables
+            )
+        return model
+
+    @hookimpl(wrapper=True)
+    def make_optimizer(self, ctx: RunContext) -> Generator[None, torch.optim.Optimizer, torch.optim.Optimizer]:
+        from timetrial_cuda_graphs.optimizer import make_capturable
+
+        optimizer = yield
+        if ctx.workload.spec.capture == "step":
+            self._rounds_otherwise = make_capturable(optimizer, on_load=self._forget)
+        return optimizer
+
+    @hookimpl(wrapper=True)
+    def wrap_step(self, ctx: RunContext, purpose: Literal["train", "infer"]) -> Generator[None, Any, Any]:
+        from timetrial_cuda_graphs.cuda import CudaCapture
+
+        step = yield
+        if ctx.workload.spec.capture != "step" or (purpose == "infer" and not self.config.inference):
+            return step
+        self._capture = self._capture or CudaCapture()
+        make = self._graphed_training if purpose == "train" else self._graphed_inference
+        self._steps[purpose] = make(ctx, step, self._capture)
+        return self._steps[purpose]
+
+    def _graphed_training(self, ctx: RunContext, step: Any, capture: Capture) -> Graphed:
+        from torch.nn.parallel import DistributedDataParallel
+
+        from timetrial_cuda_graphs.cuda import refusing
+        from timetrial_cuda_graphs.graphed import Graphed
+        from timetrial_cuda_graphs.optimizer import REMEDY, replayable
+
+        for ddp in (m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)):
+            if self.config.warmup < DDP_WARMUP:
+                raise UsageError(
+                    f"opt.cuda_graphs.warmup={self.config.warmup}: with DistributedDataParallel at least {DDP_WARMUP} "
+                    "eager steps are needed"
+                )
+            ddp._set_ddp_runtime_logging_sample_rate(NEVER)
+        hint = f"leave out 'cuda_graphs', or {REMEDY} if it is the optimizer that waits for the device"
+        return Graphed(
+            step,
+            replayable(refusing(capture, "the training step", hint), ctx.optimizer),
+            warmup=self.config.warmup,
+            max_graphs=self.config.max_graphs,
+            gather=(lambda number: [row[0] for row in ctx.backend.all_gather([number])])
+            if ctx.world_size > 1
+            else None,
+            static_shapes=ctx.workload.spec.static_shapes,
+        )
+
+    def _graphed_inference(self, ctx: RunContext, step: Any, capture: Capture) -> Graphed:
+        from timetrial_cuda_graphs.cuda import refusing
+        from timetrial_cuda_graphs.graphed import Graphed
+
+        return Graphed(
+            step,
+            refusing(capture, "the inference step", "set opt.cuda_graphs.inference=false"),
+            warmup=INFERENCE_WARMUP,
+            max_graphs=self.config.max_graphs,
+            mode=lambda: ctx.model.training,
+        )
+
+    def _forget(self) -> None:
+        for step in self._steps.values():
+            step.forget()
+
+    # ---------------------------------------------------------------------------------------------------------- proof
+
+    @hookimpl
+    def verify(self) -> Evidence:
+        from timetrial_cuda_graphs.evidence import of_parts, of_steps
+
+        if self._parts:
+            return of_parts(self._parts)
+        return of_steps({purpose: step.seen for purpose, step in self._steps.items()}, self._rounds_otherwise)
+
+
+def _forward_pass(ctx: RunContext, model: nn.Module) -> Callable[[], Any]:
+    """One forward pass of training, on synthetic data."""
+    loss = ctx.component("loss", ctx.workload.loss)
+    (batch,) = ctx.feed([ctx.workload.synthetic_batch()])
+    return lambda: loss(model, batch.data)

@@ -1,0 +1,160 @@
+"""Whole runs: on a tape (see tape.py), and refused where there is no CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+import pytest
+
+from core.config import validate
+from core.errors import UsageError
+from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.testing.cli import Outcome, environment, run_cli
+from core.types import WorkloadSpec
+from timetrial_cuda_graphs.plugin import CudaGraphs, CudaGraphsConfig
+
+CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "inference": True}
+
+
+def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
+    command = [sys.executable, str(Path(__file__).with_name("tape.py")), *overrides, f"run_dir={run_dir}"]
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment(), cwd=run_dir.parent
+    )
+    return Outcome(process.returncode, process.stdout, process.stderr, run_dir)
+
+
+TOY = (
+    "workload=toy", "workload.dropout=0.3", "workload.examples=232", "workload.eval_every=1",
+    "stop.epochs=6", "workload.target=1.0",
+)  # fmt: skip
+
+
+def test_a_run_with_graphs_ends_with_the_bits_of_the_eager_run(tmp_path: Path) -> None:
+    opts = "+opt=[cuda_graphs,fused_optimizer]"  # the same optimizer in both
+    eager = run_cli(*TOY, "backend=single", "+opt=fused_optimizer", run_dir=tmp_path / "eager").expect(4)
+    graphs = run_on_tape(*TOY, "backend=single", opts, run_dir=tmp_path / "graphs").expect(4)
+    assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
+    assert graphs.losses == eager.losses
+    assert graphs.result["quality"] == eager.result["quality"]
+    evidence = graphs.evidence["cuda_graphs"]
+    assert evidence["active"]
+    assert evidence["numerics"] == "bitwise"
+    train, infer = evidence["figures"]["train"], evidence["figures"]["infer"]
+    assert train["replays"] + sum(train["eager"].values()) == graphs.result["steps"]
+    assert train["captured"] == 2  # full batches, and the last one of an epoch
+    assert infer["replays"] > 0
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path) -> None:
+    arguments = (*TOY, "backend=single", "+opt=cuda_graphs", "checkpoint.every_steps=20")
+    whole = run_on_tape(*arguments, "stop.steps=40", run_dir=tmp_path / "whole").expect(4)
+    run_on_tape(*arguments, "stop.steps=20", run_dir=tmp_path / "parts").expect(4)
+    parts = run_on_tape(*arguments, "stop.steps=40", run_dir=tmp_path / "parts").expect(4)
+    assert parts.result["restarts"] == 1
+    assert parts.result["parameters_sha256"] == whole.result["parameters_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "opts"),
+    [
+        (("backend=single", "opt.grad_accumulation.steps=2"), "amp,fused_optimizer,grad_accumulation"),
+        (("backend=gloo", "backend.ddp=always"), "fused_optimizer,stream_overlap"),
+    ],
+    ids=["amp and accumulation", "ddp and overlap"],
+)
+def test_what_other_opts_do_lies_inside_the_graph(backend: tuple[str, ...], opts: str, tmp_path: Path) -> None:
+    arguments = (*TOY, *backend, "stop.steps=24")
+    eager = run_cli(*arguments, f"+opt=[{opts}]", run_dir=tmp_path / "eager").expect(4)
+    graphs = run_on_tape(*arguments, f"+opt=[{opts},cuda_graphs]", run_dir=tmp_path / "graphs").expect(4)
+    assert graphs.losses == eager.losses
+    assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
+    assert graphs.evidence["cuda_graphs"]["figures"]["train"]["replays"] > 10
+    assert all(evidence["active"] for evidence in graphs.evidence.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("arguments", [("workload=toy", "backend=gloo"), ("workload=resnet", "backend=nccl")])
+def test_without_cuda_it_is_refused_at_once_in_one_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    refused = run_cli(*arguments, "+opt=cuda_graphs", run_dir=tmp_path / "run", CUDA_VISIBLE_DEVICES="").expect(2)
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def hooks(*inner: Any) -> Any:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    for plugin in (*inner, CudaGraphs(CudaGraphsConfig(**CONFIG))):
+        manager.register(plugin)
+    return manager.hook
+
+
+class Given:
+    """A workload that says how much of its step can be captured, on a CPU."""
+
+    def __init__(self, capture: Any) -> None:
+        self.spec = WorkloadSpec(interface=1, summary="", benchmark="minigo", capture=capture)
+
+    @hookimpl
+    def make_workload(self) -> Any:
+        return SimpleNamespace(spec=self.spec)
+
+    @hookimpl
+    def prepare_model(self, model: Any) -> Any:
+        return model
+
+    @hookimpl
+    def init_backend(self) -> Any:
+        return SimpleNamespace(device=SimpleNamespace(type="cpu"))
+
+
+def test_a_workload_that_cannot_be_captured_is_refused() -> None:
+    with pytest.raises(UsageError, match="no part of a step of minigo can be captured"):
+        hooks(Given("none")).make_workload(ctx=None)
+    assert hooks(Given("step")).make_workload(ctx=None).spec.capture == "step"
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_cuda_is_refused() -> None:
+    with pytest.raises(UsageError, match="needs a CUDA device, but this run is on the cpu"):
+        hooks(Given("step")).init_backend(ctx=None)
+
+
+def test_compile_with_graphs_of_its_own_is_refused() -> None:
+    for mode, refused in (("reduce-overhead", True), ("max-autotune-no-cudagraphs", False), ("default", False)):
+        config = SimpleNamespace(opt={"compile": {"mode": mode}})
+        if refused:
+            with pytest.raises(UsageError, match="captures graphs of its own"):
+                hooks().environment(config=config)
+        else:
+            hooks().environment(config=config)
+
+
+def test_compile_of_a_partly_captured_model_is_refused() -> None:
+    given = Given("partial")
+    ctx = SimpleNamespace(workload=SimpleNamespace(spec=given.spec), config=SimpleNamespace(opt={"compile": {}}))
+    with pytest.raises(UsageError, match="'compile' and 'cuda_graphs' conflict"):
+        hooks(given).prepare_model(ctx=ctx, model=None)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"opt.cuda_graphs.warmup=0"):
+        validate(CudaGraphsConfig, {**CONFIG, "warmup": 0}, "opt.cuda_graphs")
+
+
+def test_ddp_with_too_few_warm_up_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.Sequential)
+    plugin = CudaGraphs(CudaGraphsConfig(**{**CONFIG, "warmup": 10}))
+    spec = replace(Given("step").spec, static_shapes=True)
+    ctx: Any = SimpleNamespace(distributed_model=nn.Sequential(), workload=SimpleNamespace(spec=spec))
+    with pytest.raises(UsageError, match="at least 11 eager steps"):
+        plugin._graphed_training(ctx, None, None)  # pyright: ignore[reportArgumentType]

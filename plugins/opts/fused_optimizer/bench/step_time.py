@@ -1,0 +1,65 @@
+"""Time of one optimizer step alone: each baseline beside its fused counterpart, interleaved, on one CPU thread.
+
+python plugins/opts/fused_optimizer/bench/step_time.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertForPreTraining
+
+from timetrial_bert.model import network_config
+from timetrial_bert.optim import LAMB
+from timetrial_fused_optimizer.optimizers import fuse
+from timetrial_resnet.optim import LARS
+
+ROUNDS = 30
+Groups = list[dict[str, Any]]
+BASELINES: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-6, momentum=0.9),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-6),
+    "LARS": lambda groups: LARS(adapting(groups), lr=1e-6),
+    "LAMB": lambda groups: LAMB(adapting(groups), lr=1e-6),
+}
+
+
+def adapting(groups: Groups) -> Groups:
+    return [groups[0], {**groups[1], "adapt": False}]
+
+
+def groups_of(model: nn.Module) -> Groups:
+    return [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config = network_config("mini", vocab_size=8000, max_positions=512, dropout=0.0, attention="sdpa", init_std=0.02)
+    model = BertForPreTraining(config)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    parameters = list(model.parameters())
+    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} million parameters in {len(parameters)} tensors, n={ROUNDS}")
+    for name, make in BASELINES.items():
+        contenders = [make(groups_of(model)), fuse(make(groups_of(model)))]
+        seconds: list[list[float]] = [[], []]
+        for round in range(ROUNDS + 1):
+            for optimizer, times in zip(contenders, seconds, strict=True):
+                start = time.perf_counter()
+                optimizer.step()
+                if round:  # the first step creates state
+                    times.append(time.perf_counter() - start)
+        spread = [f"{statistics.median(t) * 1e3:.2f} ms ({min(t) * 1e3:.2f} to {max(t) * 1e3:.2f})" for t in seconds]
+        print(f"{name}: {spread[0]}, fused {spread[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The opt `stream_overlap`: copies, gradient exchange and updates that run while the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.config import checked
+from core.errors import UsageError
+from core.hookspecs import hookimpl
+from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, RunContext, StepParts
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from timetrial_stream_overlap.evidence import Part
+    from timetrial_stream_overlap.feed import Counts
+    from timetrial_stream_overlap.overlap import Hidden
+    from timetrial_stream_overlap.updates import BackwardUpdates
+    from timetrial_stream_overlap.window import Window
+
+Evaluate = Callable[[Forward], dict[str, float]]
+Exchange = tuple[Any, Callable[..., Any]] | None
+
+MIB = 2**20
+OFF = "switched off"
+
+BUCKETS = 16
+"""Buckets that the gradients are split into, where `bucket_cap_mb` leaves it open. The exchange of the last one cannot
+be hidden: a sixteenth of all."""
+
+SMALLEST_BUCKET_MIB, LARGEST_BUCKET_MIB = 0.0625, 25.0
+"""Below, the fixed cost of a collective outweighs what an earlier start hides; 25 MiB is torch's own default."""
+
+
+@dataclass(kw_only=True)
+class StreamOverlapConfig:
+    """Settings of `opt.stream_overlap`."""
+
+    copies: bool
+    """A thread prepares the next training batches and moves them to the device."""
+    evaluation: bool
+    """The same for evaluation batches."""
+    gradients: bool
+    """Smaller buckets, and gradients that are views of them."""
+    optimizer: bool
+    """A bucket's parameters are updated as soon as their gradients are final."""
+    prefetch: int = checked(at_least=1)
+    """Batches that may be ready or under way ahead of the step."""
+    bucket_cap_mb: float | None = checked(above=0)
+    """MiB of gradients in a bucket; null: a sixteenth of all, within bounds."""
+    profile_after: int = checked(at_least=0)
+    """Steps before those that are profiled for the evidence."""
+    profile_steps: int = checked(at_least=1)
+    """Steps that are profiled."""
+    trace: bool
+    """Leave the trace of the profiled steps in the run folder."""
+
+
+class StreamOverlap(Plugin):
+    """Hides input, gradient exchange and updates behind compute."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="copies, gradient exchange and updates while the model computes",
+        numerics="tolerance",
+        wraps=frozenset({"grad_accumulation"}),
+    )
+    Config = StreamOverlapConfig
+    config: StreamOverlapConfig
+
+    def __init__(self, config: StreamOverlapConfig) -> None:
+        super().__init__(config)
+        if not (config.copies or config.evaluation or config.gradients or config.optimizer):
+            raise UsageError("all parts of opt 'stream_overlap' are switched off: leave it out")
+        self._evaluating = False
+        self._without_updates = ""
+        """Why nothing is updated in the backward pass."""
+
+    # ---------------------------------------------------------------------------------------------------- input
+
+    _window: Window
+    _fed: dict[str, Counts]
+    _updates: BackwardUpdates | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name == "feed":
+            return self._feed(ctx, inner)
+        if name == "ddp" and self.config.gradients:
+            return {**inner, "bucket_cap_mb": self._bucket_mib(ctx.model), "gradient_as_bucket_view": True}
+        return inner
+
+    def _feed(self, ctx: RunContext, plain: Callable[[Iterable[Any]], Iterator[Any]]) -> Any:
+        from timetrial_stream_overlap.feed import Counts, Feed
+        from timetrial_stream_overlap.window import Window
+
+        ahead = Feed(plain, ctx.device, self.config.prefetch)
+        self._window = window = Window(self.config.profile_after, self.config.profile_steps)
+        self._fed = fed = {"train": Counts(), "eval": Counts()}
+
+        def training(items: Iterable[Any]) -> Iterator[Any]:
+            for item in ahead(items, fed["train"]) if self.config.copies else plain(items):
+                if self._training:
+                    window.advance()
+                yield item
+
+        def feed(items: Iterable[Any]) -> Iterator[Any]:
+            if not self._evaluating:
+                return training(items)
+            return ahead(items, fed["eval"]) if self.config.evaluation else plain(items)
+
+        return feed
+
+    @hookimpl(wrapper=True)
+    def wrap_evaluate(self) -> Generator[None, Evaluate, Evaluate]:
+        evaluate = yield
+
+        def run(infer: Forward) -> dict[str, float]:
+            self._window.close()
+            self._evaluating = True
+            try:
+                return evaluate(infer)
+            finally:
+                self._evaluating = False
+
+        return run
+
+    # ------------------------------------------------------------------------------------- gradients and updates
+
+    def _bucket_mib(self, model: nn.Module) -> float:
+        if self.config.bucket_cap_mb is not None:
+            return self.config.bucket_cap_mb
+        share = sum(p.nbytes for p in model.parameters() if p.requires_grad) / BUCKETS / MIB
+        return min(max(share, SMALLEST_BUCKET_MIB), LARGEST_BUCKET_MIB)
+
+    @hookimpl(wrapper=True)
+    def communication_hook(self, ctx: RunContext) -> Generator[None, Exchange, Exchange]:
+        from timetrial_stream_overlap.updates import BackwardUpdates
+
+        inner = yield
+        if not self.config.optimizer:
+            return inner
+        self._updates = BackwardUpdates(ctx.device)
+        if inner is None:
+            return None  # `build_step` adds one if there will be updates to make
+        state, hook = inner
+        self._hooked = True
+        return state, self._updates.after(hook)
+
+    _hooked = False
+
+    @hookimpl(wrapper=True)
+    def build_step(self, ctx: RunContext, parts: StepParts) -> Generator[None, StepParts, StepParts]:
+        from timetrial_stream_overlap.updates import average, obstacle
+
+        inner = yield
+        updates, ddp = self._updates, _ddp(ctx.distributed_model)
+        if updates is None:
+            self._without_updates = OFF
+        elif ddp is None and ctx.world_size > 1:
+            self._without_updates = "no DistributedDataParallel exchanges the gradients"
+        elif ddp is None and ctx.figures.get("gradient_accumulation_steps", 1) > 1:
+            self._without_updates = "one rank cannot tell the last of several backward passes in a step"
+        else:
+            self._without_updates = obstacle(ctx.optimizer, parts, inner) or ""
+        if updates is None or self._without_updates:
+            self._updates = None
+            return inner
+        updates.bind(ctx.optimizer)
+        if ddp is None:
+            updates.watch(int(self._bucket_mib(ctx.model) * MIB))
+        elif not self._hooked:
+            ddp.register_comm_hook(None, updates.after(average))
+        return replace(inner, update=updates.finish)
+
+    _training = False
+
+    @hookimpl(wrapper=True)
+    def wrap_step(self, purpose: Literal["train", "infer"]) -> Generator[None, Any, Any]:
+        step = yield
+        if purpose == "infer":
+            return step
+
+        def train(batch: Batch) -> Outputs:
+            self._training = True  # the warm-up, which must leave no trace, runs only a part of a step
+            if self._updates is not None:
+                self._updates.armed = True
+            return step(batch)
+
+        return train
+
+    # -------------------------------------------------------------------------------------------------- evidence
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        from timetrial_stream_overlap.evidence import evidence
+
+        if not self._training:
+            return Evidence(plugin="stream_overlap", active=False, summary="no training step has run yet")
+        window = self._window
+        window.close()
+        if not window.steps:
+            why = window.problem or f"it ended before step {window.before + 2}, the first to be profiled"
+            return Evidence(plugin="stream_overlap", active=False, summary=f"nothing was measured in this run: {why}")
+        # Smaller buckets are summed in another order by three ranks or more, and cut compiled graphs elsewhere.
+        other_sums = self.config.gradients and ctx.world_size > 1
+        return evidence(self._parts(ctx), window.steps, None if other_sums else "bitwise")
+
+    def _parts(self, ctx: RunContext) -> list[Part]:
+        from timetrial_stream_overlap.overlap import hidden, spans, unnoticed
+
+        keep = ctx.run_dir / f"stream_overlap_rank{ctx.rank}.trace.json" if self.config.trace else None
+        seen = spans(*self._window.trace(keep))
+        return [
+            *self._input(ctx, unnoticed(seen.preparation, seen.waiting), hidden(seen.copies, seen.compute)),
+            self._exchange(ctx, hidden(seen.communication, seen.compute)),
+            self._backward_updates(ctx, hidden(seen.updates, seen.compute)),
+        ]
+
+    def _input(self, ctx: RunContext, prepared: Hidden, copied: Hidden) -> list[Part]:
+        from timetrial_stream_overlap.evidence import Part, in_time
+
+        train, evaluation = self._fed["train"], self._fed["eval"]
+        parts = [Part("input", in_time(train), prepared) if self.config.copies else Part("input", OFF)]
+        if ctx.device.type == "cpu":
+            parts.append(Part("copies", "a CPU reads batches where they are"))
+        elif self.config.copies:
+            parts.append(Part("copies", "from page-locked memory, on a stream of their own", copied))
+        if self.config.evaluation and not evaluation.batches:
+            return [*parts, Part("evaluation", "no batch was asked for")]
+        return [*parts, Part("evaluation", in_time(evaluation) if self.config.evaluation else OFF)]
+
+    def _exchange(self, ctx: RunContext, exchanged: Hidden) -> Part:
+        from timetrial_stream_overlap.evidence import Part
+
+        ddp = _ddp(ctx.distributed_model)
+        if ctx.world_size == 1:
+            return Part("communication", "one rank exchanges nothing")
+        if ddp is None:
+            return Part("communication", "not by DistributedDataParallel, so left as it is", exchanged)
+        views = ", which they are views of" if ddp.gradient_as_bucket_view else ""
+        return Part("communication", f"gradients in buckets of {ddp.bucket_bytes_cap / MIB:.3g} MiB{views}", exchanged)
+
+    def _backward_updates(self, ctx: RunContext, updated: Hidden) -> Part:
+        from timetrial_stream_overlap.evidence import Part
+
+        if self._updates is None:
+            return Part("updates", f"not in the backward pass: {self._without_updates}")
+        words = f"{self._updates.buckets / max(1, self._updates.steps):.3g} buckets a step in the backward pass"
+        if self._updates.late:
+            words += f", {self._updates.late} parameters after it"
+        if ctx.world_size == 1 and ctx.device.type == "cpu":
+            words += ", in its own thread: one rank on a CPU has nothing to run them beside"
+        return Part("updates", words, updated)
+
+
+def _ddp(model: nn.Module) -> DistributedDataParallel | None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    return next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)

@@ -1,0 +1,55 @@
+"""Whole runs: the same numbers as without it, and a trace that shows what was hidden."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from core.testing.cli import run_cli
+from core.testing.suites import cached_run
+
+TWO_RANKS = ("workload=toy", "workload.hidden=256", "backend=gloo", "launch.nproc=2", "stop.steps=20")
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_the_same_bits_and_leave_a_trace_each(tmp_path: Path) -> None:
+    without = cached_run(*TWO_RANKS).expect(4)
+    opts = ("+opt=stream_overlap", "opt.stream_overlap.trace=true", "opt.stream_overlap.bucket_cap_mb=0.01")
+    outcome = run_cli(*TWO_RANKS, *opts, run_dir=tmp_path / "run").expect(4)
+    assert outcome.result["parameters_sha256"] == without.result["parameters_sha256"]
+    assert outcome.losses == without.losses
+    figures = outcome.evidence["stream_overlap"]["figures"]
+    assert figures["profiled_steps"] == 3
+    assert figures["communication"]["ms_per_step"] > 0
+    assert figures["updates"]["ms_per_step"] > 0
+    for rank in range(2):
+        trace = json.loads((outcome.run_dir / f"stream_overlap_rank{rank}.trace.json").read_text())
+        names = {e["name"] for e in trace["traceEvents"]}
+        assert names >= {"gloo:all_reduce", "stream_overlap.update", "stream_overlap.prepare", "aten::addmm"}
+
+
+@pytest.mark.distributed
+def test_it_composes_with_accumulation_and_switched_off_parts_say_so() -> None:
+    opts = ("+opt=[stream_overlap,grad_accumulation]",)
+    without = cached_run(*TWO_RANKS, "+opt=grad_accumulation").expect(4)
+    outcome = cached_run(*TWO_RANKS, *opts, "opt.stream_overlap.copies=false", "opt.stream_overlap.evaluation=false")
+    assert outcome.expect(4).result["parameters_sha256"] == without.result["parameters_sha256"]
+    figures = outcome.evidence["stream_overlap"]["figures"]
+    assert figures["input"]["what"] == figures["evaluation"]["what"] == "switched off"
+    assert "buckets a step in the backward pass" in figures["updates"]["what"]
+
+
+def test_one_rank_that_accumulates_updates_after_the_backward_pass_and_says_why(tmp_path: Path) -> None:
+    opts = ("+opt=[stream_overlap,grad_accumulation]", "stop.steps=3", "opt.stream_overlap.profile_after=1")
+    outcome = run_cli("workload=toy", *opts, run_dir=tmp_path / "run").expect(4)
+    figures = outcome.evidence["stream_overlap"]["figures"]
+    assert "cannot tell the last of several backward passes" in figures["updates"]["what"]
+    assert figures["profiled_steps"] == 1  # the run ended within the window
+
+
+def test_with_everything_switched_off_it_is_refused(tmp_path: Path) -> None:
+    off = [f"opt.stream_overlap.{part}=false" for part in ("copies", "evaluation", "gradients", "optimizer")]
+    refused = run_cli("workload=toy", "+opt=stream_overlap", *off, run_dir=tmp_path / "run").expect(2)
+    assert "all parts of opt 'stream_overlap' are switched off: leave it out" in refused.stderr
