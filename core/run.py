@@ -53,7 +53,7 @@ def main() -> int:
 def _main() -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true")
     for flag in ("--no-plugin", "--only-plugins"):
         parser.add_argument(flag, action="append", default=[])
@@ -61,9 +61,6 @@ def _main() -> int:
         flags, arguments = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
-    if flags.version:
-        print(__version__)
-        return 0
     blocked, allowed = (
         [name for names in flag for name in names.split(",")] for flag in (flags.no_plugin, flags.only_plugins)
     )
