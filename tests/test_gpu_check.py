@@ -93,7 +93,18 @@ def test_opts_that_the_workload_refuses_are_left_out_of_all(tool: ModuleType) ->
     row = tool._timed(check, [], ["a", "b", "c"], flops=1e10)
     refusing = Answers(device="cpu", opts={}, workloads=[], jobs=1)
     assert tool._timed(refusing, [], ["b"], flops=1e10)["verdict"] == "refused"
-    assert row == {"opts": "a + c", "samples/s": 105.0, "TFLOP/s": 1.05, "of": "fp32", "share of ceiling": "52.5%"}
+    assert row == {"opts": "a + c", "samples/s": 105.0, "TFLOP/s": 1.05, "share of ceiling": "52.5% of fp32"}
+
+
+def test_a_run_that_the_end_of_its_section_cuts_off_is_not_held_against_it(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "run", lambda overrides, timeout: tool.Run(tool.CUT_OFF, "not finished", timeout))
+    check = tool.Check(device="cpu", opts={}, workloads=[], jobs=1, deadline=tool.time.monotonic() + 10)
+    with pytest.raises(tool.OutOfTime):
+        check.run("workload=toy")
+    check.deadline += tool.RUN_LIMIT
+    assert check.run("workload=toy").code == tool.CUT_OFF
 
 
 def test_a_failed_section_does_not_take_the_others_along(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

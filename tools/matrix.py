@@ -1,15 +1,17 @@
-"""Prints what becomes of every pair of installed opts, as Markdown tables: one for each workload.
+"""Prints what becomes of every pair of installed opts, as one Markdown table for the README.
 
     uv run python tools/matrix.py [WORKLOAD ...]
 
-A cell is how the numbers relate to the baseline's (=: the same bits, ~: within tolerance, Δ: changed, as declared), or
-why there is none: "conflict" as the opts declare, "-" where the workload lacks what one of them replaces, and what this
-machine lacks. Anything else is a defect and ends in exit status 1.
+A cell has a sign for each workload, or one where they agree: how the numbers relate to the baseline's (`=` the same
+bits, `~` within tolerance, `Δ` changed, as declared), `x` for a conflict that the opts declare, `·` where the workload
+lacks what one of them replaces, `○` where this machine lacks what one requires. Anything else is a defect, named on
+stderr, and ends in exit status 1.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from core.testing.matrix import Cell, installed_opts, pairs, try_composition
 
@@ -17,7 +19,8 @@ WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
     "bert": (
-        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "stop.steps=4", "warmup_steps=0",
+        "workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "workload.eval_batch_size=8",
+        "stop.steps=4",
     ),
 }  # fmt: skip
 """Small enough for seconds a run."""
@@ -28,35 +31,38 @@ SETTINGS = {
 """What single opts need to run here, and fast."""
 TRIPLES = [("cuda_graphs", "stream_overlap", "sharp")]
 SIGNS = {"bitwise": "=", "tolerance": "~", "changes": "Δ"}
+REFUSALS = {"conflict": "x", "not offered": "·", "not here": "○", "broken": "**!**"}
 
 
-def text(cell: Cell) -> str:
-    if cell.verdict == "trains":
-        return SIGNS[cell.words]
-    if cell.verdict == "not here":
-        return cell.words.partition(" requires ")[2].partition(":")[0]
-    return {"conflict": "conflict", "not offered": "-"}.get(cell.verdict, "**BROKEN**")
+def sign(cell: Cell) -> str:
+    return SIGNS[cell.words] if cell.verdict == "trains" else REFUSALS[cell.verdict]
+
+
+def together(cells: Sequence[Cell]) -> str:
+    """What a composition came to on each workload, in as many signs as are needed."""
+    signs = [sign(cell) for cell in cells]
+    return signs[0] if len(set(signs)) == 1 else " ".join(signs)
 
 
 def main() -> int:
-    opts, notes, broken = sorted(installed_opts()), list[str](), 0
-    for workload in sys.argv[1:] or WORKLOADS:
-        cells = {pair: try_composition(WORKLOADS[workload], pair, SETTINGS) for pair in pairs()}
-        print(f"\n| {workload} | {' | '.join(opts)} |\n|{'---|' * (len(opts) + 1)}", flush=True)
-        for one in opts:
-            row = ["" if one == two else text(cells[min(one, two), max(one, two)]) for two in opts]
-            print(f"| {one} | {' | '.join(row)} |")
-        for triple in TRIPLES:
-            cells[triple] = try_composition(WORKLOADS[workload], triple, SETTINGS)  # type: ignore[index]
-            print(f"\n{' + '.join(triple)}: {text(cells[triple])}")  # type: ignore[index]
-        notes += [cell.words for cell in cells.values() if cell.verdict == "conflict"]
-        for pair, cell in cells.items():
+    workloads, opts = sys.argv[1:] or list(WORKLOADS), sorted(installed_opts())
+    cells: dict[tuple[str, ...], list[Cell]] = {}
+    broken = 0
+    for composition in [*((name,) for name in opts), *pairs(), *TRIPLES]:
+        cells[composition] = [try_composition(WORKLOADS[name], composition, SETTINGS) for name in workloads]
+        for workload, cell in zip(workloads, cells[composition], strict=True):
             if cell.verdict == "broken":
                 broken += 1
-                print(f"BROKEN {workload} {'+'.join(pair)}: {cell.words}", file=sys.stderr)
-    print("\nConflicts:\n")
-    for words in dict.fromkeys(notes):
-        print(f"- {words}")
+                print(f"{workload} {'+'.join(composition)}: {cell.words}", file=sys.stderr, flush=True)
+    print(f"| {', '.join(workloads)} | {' | '.join(str(n + 1) for n in range(len(opts)))} |")
+    print(f"|{'---|' * (len(opts) + 1)}")
+    for number, one in enumerate(opts):
+        row = [together(cells[tuple(sorted({one, other}))]) for other in opts]
+        print(f"| {number + 1} {one} | {' | '.join(row)} |")
+    for triple in TRIPLES:
+        print(f"\n{' + '.join(triple)}: {together(cells[triple])}")
+    words = [cell.words for found in cells.values() for cell in found if cell.verdict == "conflict"]
+    print("\nConflicts:\n", *(f"- {text}" for text in dict.fromkeys(words)), sep="\n")
     return 1 if broken else 0
 
 

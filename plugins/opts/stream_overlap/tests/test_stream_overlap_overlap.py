@@ -80,11 +80,12 @@ def test_an_update_at_the_end_of_a_collective_is_not_communication() -> None:
         [
             event("gloo:all_reduce", "user_annotation", WORKER, 0, 60),
             event("stream_overlap.update", "user_annotation", WORKER, 40, 60),
+            event("gloo:all_reduce", "user_annotation", 14, 55, 70),
             event("aten::mm", "cpu_op", MAIN, 0, 50),
         ],
         MAIN,
     )
-    assert seen.communication == [(0, 40)]
+    assert seen.communication == [(0, 40), (55, 70)]
     assert hidden(seen.updates, seen.compute).share == 0.5
 
 

@@ -38,7 +38,7 @@ def test_it_composes_with_accumulation_and_switched_off_parts_say_so() -> None:
     assert outcome.expect(4).result["parameters_sha256"] == without.result["parameters_sha256"]
     figures = outcome.evidence["stream_overlap"]["figures"]
     assert figures["input"]["what"] == figures["evaluation"]["what"] == "switched off"
-    assert "buckets a step in the backward pass" in figures["updates"]["what"]
+    assert "in the backward pass, one for each bucket" in figures["updates"]["what"]
 
 
 def test_one_rank_that_accumulates_updates_after_the_backward_pass_and_says_why(tmp_path: Path) -> None:

@@ -73,13 +73,25 @@ def real_text() -> Path:
 SETTINGS = ("workload.vocab_file=null", "workload.vocab_size=150", "workload.shard_mib=0.01", "workload.held_out=0.2")
 
 
-def prepare_command(source: Path, out: Path, *more: str) -> list[str]:
+def _command(source: Path, out: Path, *more: str) -> list[str]:
     arguments = ["workload=bert", f"source={source}", f"out={out}", "data.workers=0", *SETTINGS, *more]
     return [sys.executable, "-m", "core.prepare", *arguments]
 
 
-def prepare_shards(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(prepare_command(source, out, *more), capture_output=True, text=True, timeout=300, check=False)
+def _prepare(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(source, out, *more), capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def prepare_command() -> Callable[..., list[str]]:
+    """`(source, out, *overrides)` to the command line that prepares shards."""
+    return _command
+
+
+@pytest.fixture(scope="session")
+def prepare_shards() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs that command."""
+    return _prepare
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +112,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "shards"
-    done = prepare_shards(source, out)
+    done = _prepare(source, out)
     assert done.returncode == 0, done.stderr
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import MakeWorkload
 
 from core.errors import CheckpointError
 from timetrial_bert import checkpoints
+from timetrial_bert.workload import BertWorkload
+
+MakeWorkload = Callable[..., BertWorkload]
 
 TINY = ("size=tiny", "vocab_size=100", "max_positions=32", "sequence_length=32")
 

@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import mlperf_logging
 import numpy as np
-from conftest import MakeWorkload
 
 from core.testing.cli import run_cli
-from timetrial_bert.workload import closed_cadence
+from timetrial_bert.workload import BertWorkload, closed_cadence
+
+MakeWorkload = Callable[..., BertWorkload]
 
 RULES = Path(mlperf_logging.__file__).parent / "compliance_checker" / "training_1.1.0"
 

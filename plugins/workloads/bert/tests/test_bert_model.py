@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeWorkload
 from torch import Tensor
 from torch.nn import functional as F
 
 from timetrial_bert.batch import IGNORED
 from timetrial_bert.model import SIZES, gather_rows, mlm_loss, network_config
 from timetrial_bert.plugin import SIZES as CHOICES
+from timetrial_bert.workload import BertWorkload
+
+MakeWorkload = Callable[..., BertWorkload]
 
 SMALL = ("size=tiny", "vocab_size=200", "sequence_length=24", "max_positions=24", "global_batch_size=6", "dropout=0")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from conftest import MakeWorkload
 from torch import nn
 
 from timetrial_bert.optim import LAMB, Schedule
+from timetrial_bert.workload import BertWorkload
+
+MakeWorkload = Callable[..., BertWorkload]
 
 
 @pytest.mark.parametrize("correction", [False, True])
@@ -60,7 +65,7 @@ def test_lamb_resumes_with_the_same_bits() -> None:
     steps(first, one, 1)
     two.data.copy_(one.data)
     second = LAMB([two], 0.1)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # else both would share their tensors
     steps(first, one, 2)
     steps(second, two, 2)
     assert torch.equal(one, two)

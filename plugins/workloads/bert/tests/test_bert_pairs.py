@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeWorkload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import DataError
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import mask, pairs, prediction_count
+from timetrial_bert.workload import BertWorkload
+
+MakeWorkload = Callable[..., BertWorkload]
 
 LETTERS = wordpiece.WordPiece([*wordpiece.SPECIAL, *(f"w{i}" for i in range(200))], lower_case=True)
 FIRST = len(wordpiece.SPECIAL)

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeWorkload, prepare_command, prepare_shards
 
 from core.errors import DataError
 from timetrial_bert import prepare
+from timetrial_bert.workload import BertWorkload
+
+PrepareShards = Callable[..., subprocess.CompletedProcess[str]]
+MakeWorkload = Callable[..., BertWorkload]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -22,7 +26,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
-    source: Path, prepared: Path, tmp_path: Path
+    prepare_shards: PrepareShards,
+    prepare_command: Callable[..., list[str]],
+    source: Path,
+    prepared: Path,
+    tmp_path: Path,
 ) -> None:
     expected, out = contents(prepared), tmp_path / "killed"
     assert {name.partition("/")[0] for name in expected} == {"manifest.json", "vocab.txt", "train", "eval"}
@@ -38,7 +46,9 @@ def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
     assert contents(out) == expected
 
 
-def test_broken_and_empty_files_are_named_and_may_be_passed_over(source: Path, tmp_path: Path) -> None:
+def test_broken_and_empty_files_are_named_and_may_be_passed_over(
+    prepare_shards: PrepareShards, source: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "good.txt").write_bytes((source / "0.txt").read_bytes())
@@ -53,7 +63,7 @@ def test_broken_and_empty_files_are_named_and_may_be_passed_over(source: Path, t
     assert {Path(name).name for name in manifest["bad"]} == {"broken.txt", "empty.txt"}
 
 
-def test_too_little_text_is_an_error(tmp_path: Path) -> None:
+def test_too_little_text_is_an_error(prepare_shards: PrepareShards, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One sentence. Another one.")
     done = prepare_shards(tmp_path, tmp_path.with_name("out"))
     assert done.returncode == 1
@@ -106,7 +116,7 @@ def test_a_damaged_shard_is_named(make: MakeWorkload, source: Path, prepared: Pa
 
 @pytest.mark.parametrize("masking", ["dynamic", "static"])
 def test_every_example_comes_once_an_epoch_alike_for_every_world_size_and_resumed(
-    make: MakeWorkload, source: Path, prepared: Path, tmp_path: Path, masking: str
+    prepare_shards: PrepareShards, make: MakeWorkload, source: Path, prepared: Path, tmp_path: Path, masking: str
 ) -> None:
     root = prepared
     if masking == "static":
@@ -146,7 +156,9 @@ def test_evaluation_examples_do_not_depend_on_the_seed(make: MakeWorkload, prepa
 
 
 @pytest.mark.realdata
-def test_real_text_is_prepared_trained_on_and_evaluated(make: MakeWorkload, real_text: Path, tmp_path: Path) -> None:
+def test_real_text_is_prepared_trained_on_and_evaluated(
+    prepare_shards: PrepareShards, make: MakeWorkload, real_text: Path, tmp_path: Path
+) -> None:
     done = prepare_shards(real_text, tmp_path / "out", "workload.vocab_file=starter", "workload.shard_mib=1")
     assert done.returncode == 0, done.stderr
     workload = make("bert", "data_set=shards", "init_checkpoint=starter", root=str(tmp_path / "out"))

@@ -33,7 +33,7 @@ def test_sentences_end_where_a_reader_would_end_them(paragraph: str, sentences: 
 def test_markup_leaves_the_prose() -> None:
     markup = (
         "{{Infobox|a={{b}}}}\n'''Albedo''' ({{IPA|x}}) is the [[diffuse reflection|reflecting power]] of a "
-        "[[surface]].<ref>Book, {{p}}</ref> It is&nbsp;30&amp;nbsp;% <!-- no -->[http://x.org there].\n"
+        "[[surface]].<ref>Book, {{p}}</ref> It is&nbsp;30&nbsp;% <!-- no -->[http://x.org there].\n"
         "{| class=x\n| table {| inner |}\n|}\n[[File:a.jpg|thumb|a [[link]] in a caption]]\n"
         "== Heading ==\n* a list item, which is left out since it is no prose\nToo short.\n"
         "== References ==\nNothing after this heading is kept, however long the line may be.\n"

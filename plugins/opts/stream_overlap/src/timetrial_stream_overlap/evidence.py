@@ -7,44 +7,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.types import Evidence, Numerics
-from timetrial_stream_overlap.feed import Counts
 from timetrial_stream_overlap.overlap import Hidden
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of work: `words` say how it was hidden, or why it was not; `work` is what the trace shows of it."""
+    """One kind of work: `words` say what became of it, or why nothing did; `work` is what the trace shows of it."""
 
     name: str
     words: str
+    active: bool = False
+    """Whether the opt did something about it."""
     work: Hidden | None = None
 
 
-def evidence(parts: Sequence[Part], steps: int, numerics: Numerics | None) -> Evidence:
-    """Active if any work at all ran while the model computed, in `steps` profiled steps."""
+def evidence(parts: Sequence[Part], steps: int, problem: str, numerics: Numerics | None) -> Evidence:
+    """Of `steps` profiled steps. Where there are none, `problem` says why, and shares of time are missing."""
     figures: dict[str, Any] = {"profiled_steps": steps}
     for part in parts:
-        figures[part.name] = {"what": part.words}
-        if part.work is not None:
+        figures[part.name] = {"active": part.active, "what": part.words}
+        if part.work is not None and steps:
             figures[part.name] |= {
                 "ms_per_step": round(part.work.busy / steps / 1000, 4),
                 "hidden_share": round(part.work.share, 4),
             }
+    sentences = [_sentence(part, steps) for part in parts]
     return Evidence(
         plugin="stream_overlap",
-        active=any(part.work is not None and part.work.hidden > 0 for part in parts),
-        summary="; ".join(_sentence(part, steps) for part in parts),
+        active=any(part.active for part in parts),
+        summary="; ".join(sentences if steps else [f"no step was profiled ({problem})", *sentences]),
         figures=figures,
         numerics=numerics,
     )
 
 
-def in_time(counts: Counts) -> str:
-    """Of a feed that ran ahead."""
-    return f"{counts.ready} of {counts.batches} batches were ready when asked for"
-
-
 def _sentence(part: Part, steps: int) -> str:
-    if part.work is None:
+    if part.work is None or not steps:
         return f"{part.name}: {part.words}"
     return f"{part.name}: {part.work.share:.0%} of {part.work.busy / steps / 1000:.2f} ms a step hidden ({part.words})"

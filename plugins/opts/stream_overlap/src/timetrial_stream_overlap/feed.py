@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 from torch.utils import _pytree as pytree
+
+from timetrial_stream_overlap.window import span
 
 PREPARE = "stream_overlap.prepare"
 """The name under which a trace shows the preparation of one batch."""
@@ -30,6 +31,12 @@ class Counts:
     batches: int = 0
     ready: int = 0
     """Those among them that were ready when they were asked for."""
+
+    @property
+    def words(self) -> str:
+        if self.batches == 0:
+            return "no batch was asked for"
+        return f"{self.ready} of {self.batches} batches were ready when asked for"
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Feed:
         try:
             while True:
                 ready = not producer.queue.empty()
-                with nullcontext() if ready else record_function(WAIT):
+                with nullcontext() if ready else span(WAIT):
                     entry = producer.take()
                 if isinstance(entry, _End):
                     if entry.error is not None:
@@ -132,7 +139,7 @@ class _Producer(threading.Thread):
             self._slots.acquire()
             if self._stopped:
                 return
-            with record_function(PREPARE):
+            with span(PREPARE):
                 entry = next(self._entries, None)
             if entry is None:
                 return

@@ -26,7 +26,6 @@ _OPERATION = re.compile(r"^(?!c10d::|autograd::|torch::autograd::)\w+::")
 _COMPILED = re.compile(r"^(CompiledFunction|Torch-Compiled Region|## Call CompiledFxGraph)")
 """What torch.compile made shows as one event, without the operations inside."""
 
-
 _HOST, _DEVICE = "user_annotation", "gpu_user_annotation"
 """Categories of `record_function`: of its block itself, and of the kernels that were launched in it."""
 
@@ -79,14 +78,13 @@ def spans(events: Iterable[Mapping[str, Any]], thread: int) -> Spans:
 
 
 def _on_device(complete: list[Mapping[str, Any]]) -> Spans:
-    updates = _named(complete, UPDATE, _DEVICE)
-    streams = {e["tid"]: union(_interval(u) for u in updates if u["tid"] == e["tid"]) for e in updates}
+    updates = _by_thread(_named(complete, UPDATE, _DEVICE))
     compute, communication = list[Interval](), list[Interval]()
     for kernel in (e for e in complete if e.get("cat") == "kernel"):
         one = _interval(kernel)
         if "nccl" in kernel["name"].lower():
             communication.append(one)
-        elif not intersection([one], streams.get(kernel["tid"], [])):
+        elif not intersection([one], updates.get(kernel["tid"], [])):
             compute.append(one)
     copies = (e for e in complete if e.get("cat") == "gpu_memcpy" and "Memcpy HtoD" in e["name"])
     return Spans(
@@ -95,23 +93,29 @@ def _on_device(complete: list[Mapping[str, Any]]) -> Spans:
         preparation=union(map(_interval, _named(complete, PREPARE, _HOST))),
         waiting=union(map(_interval, _named(complete, WAIT, _HOST))),
         copies=union(map(_interval, copies)),
-        updates=union(map(_interval, updates)),
+        updates=union(interval for work in updates.values() for interval in work),
     )
 
 
 def _on_host(complete: list[Mapping[str, Any]], thread: int) -> Spans:
-    updates = union(map(_interval, _named(complete, UPDATE, _HOST)))
+    updates = _by_thread(_named(complete, UPDATE, _HOST))
     compute = union(_interval(e) for e in complete if e["tid"] == thread and _computes(e))
-    communication = union(_interval(e) for e in complete if _COLLECTIVE.match(e["name"]))
+    collectives = _by_thread([e for e in complete if _COLLECTIVE.match(e["name"])])
+    # An update may run on `thread` itself, or at the end of a collective, before torch.distributed closes its record.
+    alone = (difference(work, updates.get(tid, [])) for tid, work in collectives.items())
     return Spans(
-        # An update may run on `thread` itself, and does run before torch.distributed closes its collective's record.
-        compute=difference(compute, union(_interval(u) for u in _named(complete, UPDATE, _HOST) if u["tid"] == thread)),
-        communication=difference(communication, updates),
+        compute=difference(compute, updates.get(thread, [])),
+        communication=union(interval for work in alone for interval in work),
         preparation=union(map(_interval, _named(complete, PREPARE, _HOST))),
         waiting=union(map(_interval, _named(complete, WAIT, _HOST))),
         copies=[],
-        updates=updates,
+        updates=union(interval for work in updates.values() for interval in work),
     )
+
+
+def _by_thread(events: list[Mapping[str, Any]]) -> dict[int, list[Interval]]:
+    """By thread, or by stream."""
+    return {tid: union(_interval(e) for e in events if e["tid"] == tid) for tid in {e["tid"] for e in events}}
 
 
 def _named(complete: list[Mapping[str, Any]], name: str, category: str) -> list[Mapping[str, Any]]:

@@ -201,14 +201,11 @@ class StreamOverlap(Plugin):
 
         if not self._training:
             return Evidence(plugin="stream_overlap", active=False, summary="no training step has run yet")
-        window = self._window
-        window.close()
-        if not window.steps:
-            why = window.problem or f"it ended before step {window.before + 2}, the first to be profiled"
-            return Evidence(plugin="stream_overlap", active=False, summary=f"nothing was measured in this run: {why}")
+        self._window.close()
         # Smaller buckets are summed in another order by three ranks or more, and cut compiled graphs elsewhere.
         other_sums = self.config.gradients and ctx.world_size > 1
-        return evidence(self._parts(ctx), window.steps, None if other_sums else "bitwise")
+        numerics = None if other_sums else "bitwise"
+        return evidence(self._parts(ctx), self._window.steps, self._window.problem, numerics)
 
     def _parts(self, ctx: RunContext) -> list[Part]:
         from timetrial_stream_overlap.overlap import hidden, spans, unnoticed
@@ -217,45 +214,50 @@ class StreamOverlap(Plugin):
         seen = spans(*self._window.trace(keep))
         return [
             *self._input(ctx, unnoticed(seen.preparation, seen.waiting), hidden(seen.copies, seen.compute)),
-            self._exchange(ctx, hidden(seen.communication, seen.compute)),
+            self._communication(ctx, hidden(seen.communication, seen.compute)),
             self._backward_updates(ctx, hidden(seen.updates, seen.compute)),
         ]
 
     def _input(self, ctx: RunContext, prepared: Hidden, copied: Hidden) -> list[Part]:
-        from timetrial_stream_overlap.evidence import Part, in_time
+        from timetrial_stream_overlap.evidence import Part
 
         train, evaluation = self._fed["train"], self._fed["eval"]
-        parts = [Part("input", in_time(train), prepared) if self.config.copies else Part("input", OFF)]
+        parts = [Part("input", OFF)]
+        if self.config.copies:
+            parts = [Part("input", train.words, train.ready > 0, prepared)]
         if ctx.device.type == "cpu":
             parts.append(Part("copies", "a CPU reads batches where they are"))
         elif self.config.copies:
-            parts.append(Part("copies", "from page-locked memory, on a stream of their own", copied))
-        if self.config.evaluation and not evaluation.batches:
-            return [*parts, Part("evaluation", "no batch was asked for")]
-        return [*parts, Part("evaluation", in_time(evaluation) if self.config.evaluation else OFF)]
+            parts.append(Part("copies", "from page-locked memory, on a stream of their own", copied.busy > 0, copied))
+        if not self.config.evaluation:
+            return [*parts, Part("evaluation", OFF)]
+        return [*parts, Part("evaluation", evaluation.words, evaluation.ready > 0)]
 
-    def _exchange(self, ctx: RunContext, exchanged: Hidden) -> Part:
+    def _communication(self, ctx: RunContext, exchanged: Hidden) -> Part:
         from timetrial_stream_overlap.evidence import Part
 
         ddp = _ddp(ctx.distributed_model)
         if ctx.world_size == 1:
             return Part("communication", "one rank exchanges nothing")
         if ddp is None:
-            return Part("communication", "not by DistributedDataParallel, so left as it is", exchanged)
-        views = ", which they are views of" if ddp.gradient_as_bucket_view else ""
-        return Part("communication", f"gradients in buckets of {ddp.bucket_bytes_cap / MIB:.3g} MiB{views}", exchanged)
+            return Part("communication", "not by DistributedDataParallel, so left as it is", False, exchanged)
+        words = f"gradients in buckets of {ddp.bucket_bytes_cap / MIB:.3g} MiB"
+        if ddp.gradient_as_bucket_view:
+            words += ", which they are views of"
+        return Part("communication", words, self.config.gradients, exchanged)
 
     def _backward_updates(self, ctx: RunContext, updated: Hidden) -> Part:
         from timetrial_stream_overlap.evidence import Part
 
-        if self._updates is None:
+        updates = self._updates
+        if updates is None:
             return Part("updates", f"not in the backward pass: {self._without_updates}")
-        words = f"{self._updates.buckets / max(1, self._updates.steps):.3g} buckets a step in the backward pass"
-        if self._updates.late:
-            words += f", {self._updates.late} parameters after it"
+        words = f"{updates.buckets / max(1, updates.steps):.3g} a step in the backward pass, one for each bucket"
+        if updates.late:
+            words += f", {updates.late} parameters after it"
         if ctx.world_size == 1 and ctx.device.type == "cpu":
             words += ", in its own thread: one rank on a CPU has nothing to run them beside"
-        return Part("updates", words, updated)
+        return Part("updates", words, updates.buckets > 0, updated)
 
 
 def _ddp(model: nn.Module) -> DistributedDataParallel | None:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
-from torch.profiler import record_function
 
 from core.types import StepParts
+from timetrial_stream_overlap.window import span
 
 UPDATE = "stream_overlap.update"
 """The name under which a trace shows the update of one bucket's parameters."""
@@ -104,7 +104,7 @@ class BackwardUpdates:
     # ------------------------------------------------------------------------------------------------ the update
 
     def _update(self, parameters: Iterable[nn.Parameter]) -> None:
-        with self._lock, record_function(UPDATE):
+        with self._lock, span(UPDATE):
             self.buckets += 1
             whole = self.optimizer.param_groups
             chosen = defaultdict[int, list[nn.Parameter]](list)

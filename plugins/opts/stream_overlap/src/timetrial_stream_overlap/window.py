@@ -6,12 +6,20 @@ import json
 import os
 import tempfile
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_open = False
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """A named span in the trace of an open window; outside one nothing, for `record_function` always costs."""
+    return record_function(name) if _open else nullcontext()
 
 
 class Window:
@@ -24,16 +32,16 @@ class Window:
         self.before, self._until = before, before + steps
         self.steps = 0
         """Steps that were profiled."""
-        self.problem = ""
+        self.problem = f"the run ended before step {before + 2}, the first of them"
+        """Why there are none, where there are none."""
         self._count = 0
         self._profile: profile | None = None
-        self._open = False
         self._thread = 0
 
     def advance(self) -> None:
         """Called before each step, and so after each but the last."""
         self._count += 1
-        self.steps += self._open
+        self.steps += _open
         if self._count == self.before + 1:
             self._start()
         elif self._count > self._until:
@@ -41,15 +49,17 @@ class Window:
 
     def close(self) -> None:
         """Ends the window after the step that came last."""
-        self.steps += self._open
+        self.steps += _open
         self._stop()
 
     def _stop(self) -> None:
-        if self._open and self._profile is not None:
-            self._open = False
+        global _open
+        if _open and self._profile is not None:
+            _open = False
             self._profile.stop()
 
     def _start(self) -> None:
+        global _open
         if torch.autograd._profiler_enabled():
             self.problem = "another profiler was running"
             return
@@ -62,11 +72,13 @@ class Window:
         everywhere = _ExperimentalConfig(profile_all_threads=True)
         self._profile = profile(activities=activities, experimental_config=everywhere, acc_events=True)
         self._profile.start()
-        self._open, self._thread = True, threading.get_native_id()
+        _open, self._thread = True, threading.get_native_id()
 
     def trace(self, keep: Path | None) -> tuple[list[dict[str, Any]], int]:
-        """The trace's events and the native id of the thread that ran the steps; `keep` is a file to leave it in."""
-        assert self._profile is not None
+        """The trace's events, none where nothing was profiled, and the native id of the thread that ran the steps;
+        `keep` is a file to leave the trace in."""
+        if self._profile is None:
+            return [], 0
         if keep is not None:
             self._profile.export_chrome_trace(str(keep))
             return _events(keep), self._thread

@@ -1,12 +1,11 @@
-"""Makes the starter checkpoint and its vocabulary, from scratch: `python -m timetrial_bert.starter [FOLDER]`.
+"""Makes the starter checkpoint and its vocabulary, from scratch: `python -m timetrial_bert.starter`.
 
     vocab.txt              WordPiece tokens of the embedded articles that are not held out
     starter.safetensors    weights after a short run on them, in 16 bits
 
 Trained from BERT's usual initial weights, the tiny model stays for minutes at what a model without context reaches: its
 attention is uniform at first, and learns only slowly that a token's neighbours tell most about it. So the first
-attention is given (`attend_to_neighbours`), and then everything is trained as in any run. The whole takes about two
-minutes; FOLDER defaults to the package's own `assets`.
+attention is given (`attend_to_neighbours`), and then everything is trained as in any run, for a minute and a half.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from timetrial_bert import articles, embedded, model, wordpiece
+from timetrial_bert import articles, checkpoints, embedded, model, wordpiece
 from timetrial_bert.text import documents
 
 SEED = 2018
@@ -79,37 +78,29 @@ def attend_to_neighbours(network: Any, generator: torch.Generator) -> None:
                 key[row : row + 2, column : column + 2] += GAIN * torch.tensor([[cos, -sin], [sin, cos]])
 
 
-def main(folder: Path) -> None:
-    """Writes both files to `folder`."""
+def main() -> None:
+    """Writes both files into this package."""
     found = articles.split(list(documents(embedded.find())))["train"]
     tokens = wordpiece.train([s for document in found for s in document], VOCABULARY_SIZE, lower_case=True)
-    if tokens != wordpiece.load(wordpiece.STARTER, lower_case=True).tokens:
-        sys.exit(f"the vocabulary has changed: copy the new one to {wordpiece.STARTER} first, then run this again")
-    (folder / wordpiece.STARTER.name).write_text("".join(f"{token}\n" for token in tokens))
-    with tempfile.TemporaryDirectory() as name:
-        run, first = Path(name) / "run", Path(name) / "first.safetensors"
-        config = model.network_config(
-            "tiny", vocab_size=VOCABULARY_SIZE, max_positions=128, dropout=0.0, attention="eager", init_std=INIT_STD
-        )
-        built = model.PreTraining(config, model.encode, model.mlm_loss)
-        generator = torch.Generator().manual_seed(SEED)
-        model.initialise(built, generator)
-        attend_to_neighbours(built.network, generator)
-        safetensors.torch.save_file({n: p.detach() for n, p in built.network.named_parameters()}, first)
-        command = [
-            sys.executable,
-            "-m",
-            "core.run",
-            "workload=bert",
-            f"workload.init_checkpoint={first}",
-            f"seed={SEED}",
-        ]
-        subprocess.run([*command, *SETTINGS, f"stop.steps={STEPS}", f"run_dir={run}"], check=False)
+    wordpiece.STARTER.write_text("".join(f"{token}\n" for token in tokens))
+    generator = torch.Generator().manual_seed(SEED)
+    config = model.network_config(
+        "tiny", vocab_size=VOCABULARY_SIZE, max_positions=128, dropout=0.0, attention="eager", init_std=INIT_STD
+    )
+    built = model.PreTraining(config, model.encode, model.mlm_loss)
+    model.initialise(built, generator)
+    attend_to_neighbours(built.network, generator)
+    names = [name for name, _ in built.network.named_parameters()]
+    with tempfile.TemporaryDirectory() as folder:
+        run, first = Path(folder) / "run", Path(folder) / "first.safetensors"
+        safetensors.torch.save_file({name: built.network.get_parameter(name).detach() for name in names}, first)
+        command = [sys.executable, "-m", "core.run", "workload=bert", f"workload.init_checkpoint={first}"]
+        more = [f"seed={SEED}", f"stop.steps={STEPS}", f"run_dir={run}"]
+        subprocess.run([*command, *SETTINGS, *more], check=False)  # its exit status says that it met no target
         trained = safetensors.torch.load_file(run / "checkpoints" / f"step_{STEPS:08d}" / "shared.safetensors")
-        prefix = "shared/model/network."
-        weights = {n: trained[prefix + n].half() for n, _ in built.network.named_parameters()}
-    safetensors.torch.save_file(weights, folder / "starter.safetensors")
+    weights = {name: trained[f"shared/model/network.{name}"].half() for name in names}
+    safetensors.torch.save_file(weights, checkpoints.STARTER)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else wordpiece.STARTER.parent)
+    main()

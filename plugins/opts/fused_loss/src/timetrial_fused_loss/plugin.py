@@ -1,0 +1,66 @@
+"""The opt `fused_loss`: vocabulary projection and cross-entropy in one, a chunk of positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Evidence, OptSpec, Plugin
+
+if TYPE_CHECKING:
+    from timetrial_fused_loss.loss import ChunkedLoss
+
+COMPONENT = "bert.mlm_loss"
+MIB = 2**20
+
+
+@dataclass(kw_only=True)
+class FusedLossConfig:
+    """Settings of `opt.fused_loss`."""
+
+    positions: int = checked(at_least=1)
+    """Positions of a chunk; logits of so many exist at a time."""
+
+
+class FusedLoss(Plugin):
+    """Replaces the masked-LM loss by one that never holds all logits."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="masked-LM cross-entropy in chunks, recomputed in the backward pass",
+        numerics="tolerance",
+        components=frozenset({COMPONENT}),
+    )
+    Config = FusedLossConfig
+    config: FusedLossConfig
+
+    _loss: ChunkedLoss | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name != COMPONENT:
+            return inner
+        from timetrial_fused_loss.loss import ChunkedLoss
+
+        self._loss = ChunkedLoss(self.config.positions)
+        return self._loss
+
+    @hookimpl
+    def verify(self) -> Evidence:
+        seen = self._loss.seen if self._loss else None
+        if seen is None or not seen.backward_peak:
+            return Evidence(plugin="fused_loss", active=False, summary="no training step has run yet")
+        peak, chunks = max(seen.forward_peak, seen.backward_peak), seen.chunks
+        return Evidence(
+            plugin="fused_loss",
+            active=seen.kept_bytes < seen.logits_bytes,
+            summary=f"{chunks} chunk{'s' * (chunks != 1)} of at most {seen.chunk_positions} positions: "
+            f"{seen.chunk_bytes / MIB:.2f} MiB of logits at a time, not {seen.logits_bytes / MIB:.2f}; kept for the "
+            f"backward pass {seen.kept_bytes / MIB:.2f} MiB; peak {peak / MIB:.2f} MiB, of which gradients "
+            f"{seen.gradient_bytes / MIB:.2f}",
+            figures=asdict(seen),
+        )

@@ -1,0 +1,19 @@
+"""What every opt must show, on real text of which about half is padding."""
+
+from core.testing.suites import OptSuite
+
+
+class TestSequencePacking(OptSuite):
+    name = "sequence_packing"
+    workload = (
+        "workload=bert",
+        "workload.sequence_length=256",
+        "workload.max_positions=256",
+        "workload.short_probability=1.0",
+        "workload.init_checkpoint=null",
+        "workload.global_batch_size=8",
+        "workload.eval_batch_size=64",
+        "workload.eval_every_samples=64",
+        "workload.target=0.01",
+    )
+    steps = 6
