@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from core.errors import CheckpointError
+from core.record import sha256
 from core.testing import faults
 from core.types import Backend
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What was loaded: the state that all ranks share and this rank's own."""
-
-    step: int
-    shared: dict[str, Any]
-    local: dict[str, Any]
 
 
 class Checkpointer:
@@ -45,7 +37,6 @@ class Checkpointer:
 
     def __init__(self, folder: Path, backend: Backend, keep: int) -> None:
         self.folder, self.backend, self.keep = folder, backend, keep
-        self.fault = faults.armed()
 
     def save(self, step: int, shared: dict[str, Any], local: dict[str, Any]) -> None:
         """Commits a checkpoint, then drops the oldest beyond `keep`. On failure the previous ones are untouched."""
@@ -60,7 +51,7 @@ class Checkpointer:
             if rank == 0:
                 sums |= _write_tree(partial, "shared", shared)
             (partial / f"sums{rank}.json").write_text(json.dumps(sums))
-            self._strike("checkpoint.write", step)
+            faults.strike("checkpoint.write", step, rank)
             self._barrier()
             if rank == 0:
                 self._commit(step, partial)
@@ -77,49 +68,45 @@ class Checkpointer:
             path.unlink()
         manifest = {"format": FORMAT, "step": step, "world_size": self.backend.world_size, "files": files}
         _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-        self._strike("checkpoint.commit", step)
-        final = self.folder / f"step_{step:08d}"
+        faults.strike("checkpoint.commit", step, self.backend.rank)
+        final = partial.with_name(f"step_{step:08d}")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         descriptor = os.open(self.folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-        for old in self.steps()[self.keep :]:
-            shutil.rmtree(self.folder / f"step_{old:08d}")
+        for old in self._complete()[self.keep :]:
+            shutil.rmtree(old)
 
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, newest first."""
-        return sorted((int(p.name[5:]) for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
+    def _complete(self) -> list[Path]:
+        """The complete checkpoints, newest first."""
+        return sorted(self.folder.glob("step_*"), reverse=True)
 
-    def load(self) -> Saved | None:
-        """The newest intact checkpoint; None where none was ever completed.
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """From the newest intact checkpoint, what all ranks share and this rank's own; None where there is none yet.
 
         Raises CheckpointError where there are checkpoints but every one is damaged.
         """
         chosen = self.backend.broadcast(self._newest_intact() if self.backend.rank == 0 else None)
         if chosen is None:
             return None
-        folder = self.folder / f"step_{chosen:08d}"
+        folder = self.folder / chosen
         manifest = json.loads((folder / "manifest.json").read_text())
         rank = self.backend.rank if self.backend.rank < manifest["world_size"] else 0
-        return Saved(chosen, _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}"))
+        return _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}")
 
-    def _newest_intact(self) -> int | None:
+    def _newest_intact(self) -> str | None:
         problems: list[str] = []
-        for step in self.steps():
-            problem = _damage(self.folder / f"step_{step:08d}")
+        for folder in self._complete():
+            step, problem = int(folder.name.removeprefix("step_")), _damage(folder)
             if problem is None:
                 for line in problems:
                     print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
-                return step
+                return folder.name
             problems.append(f"checkpoint of step {step} is damaged: {problem}")
         if problems:
             raise CheckpointError(f"{problems[0]}, and no other is intact in {self.folder}; choose another run_dir")
         return None
-
-    def _strike(self, point: str, step: int) -> None:
-        if self.fault:
-            self.fault.strike(point, step, self.backend.rank)
 
     def _barrier(self) -> None:
         self.backend.all_gather([0.0])
@@ -127,10 +114,19 @@ class Checkpointer:
 
 def gathered(tree: Any) -> Any:
     """The pytree with each tensor that is sharded over ranks made whole. Every rank calls it together."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, tree)
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: getattr(tensor, "full_tensor", lambda: tensor)(), tree)
 
 
-def scattered(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads whole states, "model" and "optimizer", each tensor sharded over ranks as the model's own is."""
+    current, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    model.load_state_dict({name: _scattered(tensor, current[name]) for name, tensor in state["model"].items()})
+    for number, own in state["optimizer"]["state"].items():  # its tensors lie as their parameter does
+        own |= {k: _scattered(t, parameters[number]) for k, t in own.items() if isinstance(t, torch.Tensor)}
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def _scattered(whole: torch.Tensor, like: Any) -> torch.Tensor:
     """`whole` sharded over ranks as `like` is, where `like` is sharded and has its shape; else `whole` itself."""
     if not hasattr(like, "full_tensor") or whole.shape != like.shape:
         return whole
@@ -150,10 +146,8 @@ def parameters_hash(model: torch.nn.Module) -> str:
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """The process-wide generators that a model may draw from (dropout): torch's, on the CPU and on the device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = torch.get_device_module(device).get_rng_state(device)
-    return states
+    own = {} if device.type == "cpu" else {"device": torch.get_device_module(device).get_rng_state(device)}
+    return {"cpu": torch.get_rng_state(), **own}
 
 
 def set_generator_states(device: torch.device, states: dict[str, Any]) -> None:
@@ -169,7 +163,7 @@ def _damage(folder: Path) -> str | None:
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
         for name, expected in manifest["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            if sha256(folder / name) != expected:
                 return f"{name} has changed (its SHA-256 differs)"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -179,19 +173,19 @@ def _damage(folder: Path) -> str | None:
 def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> dict[str, str]:
     """Writes a tree as name.safetensors and name.json; returns file name -> SHA-256."""
     tensors: dict[str, torch.Tensor] = {}
-    plain = _strip(tree, name, tensors)
-    files = {f"{name}.json": json.dumps(plain).encode(), f"{name}.safetensors": safetensors.torch.save(tensors)}
+    plain = json.dumps(_strip(tree, name, tensors)).encode()
+    files = {f"{name}.json": plain, f"{name}.safetensors": safetensors.torch.save(tensors)}
     for file, data in files.items():
         _write(folder / file, data)
     return {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
 
 
 def _read_tree(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.safetensors"
     try:
-        tensors = safetensors.torch.load((folder / f"{name}.safetensors").read_bytes())
+        return _restore(json.loads(path.with_suffix(".json").read_text()), safetensors.torch.load_file(path))
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder / name}.safetensors is refused, it is no safetensors file: {error}") from None
-    return _restore(json.loads((folder / f"{name}.json").read_text()), tensors)
+        raise CheckpointError(f"{path} is refused, it is no safetensors file: {error}") from None
 
 
 def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -10,9 +10,9 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from core.errors import UsageError, nearest
@@ -98,26 +98,26 @@ def validate(schema: type[T], node: Any, where: str) -> T:
     Raises UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), node if node is not None else {})
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
     except ConfigKeyError as error:
-        key = str(error.key)
-        parent = (error.full_key or key).rpartition(".")[0]
-        owner = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
-        options = [str(k) for k in owner] if isinstance(owner, DictConfig) else []
-        place = ".".join(p for p in (where, parent) if p)
-        raise UsageError(f"unknown key '{_join(place, key)}': {nearest(key, options)}") from None
+        raise UsageError(unknown_key(error, where)) from None
     except MissingMandatoryValue as error:
-        raise UsageError(f"{_join(where, error.full_key or '')} has no value") from None
+        raise UsageError(f"{_join(where, error.full_key)} has no value") from None
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
-        raise UsageError(f"{_join(where, error.full_key or '')}: {message}") from None
+        raise UsageError(f"{_join(where, error.full_key)}: {message}") from None
     _check_ranges(config, where)
-    return config  # pyright: ignore[reportReturnType]
+    return cast(T, config)
 
 
-def _join(where: str, key: str) -> str:
-    return ".".join(p for p in (where, key) if p)
+def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:
+    """Words for a key that the configuration does not have, with the nearest of those beside it."""
+    beside = [str(key) for key in error.parent_node or ()]
+    return f"unknown key '{_join(where, error.full_key or error.key)}': {nearest(str(error.key), beside)}"
+
+
+def _join(where: str, key: str | None) -> str:
+    return ".".join(part for part in (where, key) if part)
 
 
 def _check_ranges(config: Any, where: str) -> None:
@@ -134,20 +134,3 @@ def _check_ranges(config: Any, where: str) -> None:
                 holds, words = _BOUNDS[bound]
                 if not holds(value, limit):
                     raise UsageError(f"{name}={value} is out of range; {words} {limit:g} is expected")
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; inner nodes are left out."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    items = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
-    return {key: value for item in items for key, value in item.items()}
-
-
-def parse_seed(value: Any) -> int | None:
-    """The seed as an integer, or None for `clock`."""
-    if value == "clock":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise UsageError(f"seed={value}: an integer from 0 to 2^63-1 or `clock` is expected")
-    return value

@@ -7,11 +7,11 @@ in the plugin's package as `conf/<kind>/<name>.yaml`. Several options may share 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -33,7 +33,18 @@ class Installed:
     """`module:Class` of the plugin."""
     distribution: str
     version: str
-    package_dir: Path
+    hash: str = ""
+    """`source_hash`, once the plugin is part of a plan."""
+
+    @cached_property
+    def package_dir(self) -> Path:
+        """The folder of the package that holds `target`, found without importing it."""
+        module = self.target.partition(":")[0].split(".")
+        top, *rest = module[:-1] or module
+        spec = importlib.util.find_spec(top)
+        if spec is None or not spec.submodule_search_locations:
+            return Path("/nonexistent") / top  # a broken installation: `load` says so if it is chosen
+        return Path(next(iter(spec.submodule_search_locations)), *rest)
 
     @property
     def conf_dir(self) -> Path:
@@ -46,9 +57,8 @@ class Installed:
         try:
             plugin = getattr(importlib.import_module(module), attribute)
         except Exception as error:
-            raise PluginError(
-                f"{who} cannot be imported: {type(error).__name__}: {error}; reinstall or update {self.distribution}"
-            ) from error
+            problem = f"{who} cannot be imported: {type(error).__name__}: {error}"
+            raise PluginError(f"{problem}; reinstall or update {self.distribution}") from error
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
             raise PluginError(f"{who}: {self.target} is not a subclass of core.types.Plugin")
         if plugin.spec.interface != INTERFACE:
@@ -76,7 +86,7 @@ class Registry:
         )
         self._refuse_clashes()
 
-    def names(self, kind: Kind) -> list[str]:
+    def names(self, kind: str) -> list[str]:
         return [p.name for p in self.plugins if p.kind == kind]
 
     def find(self, kind: Kind, name: str) -> Installed:
@@ -86,45 +96,26 @@ class Registry:
         reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
         raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
 
-    def search_path(self) -> list[Path]:
-        return list(dict.fromkeys(p.conf_dir for p in self.plugins if p.conf_dir.is_dir()))
-
     def _refuse_clashes(self) -> None:
         """Hydra and pluggy would let one silently shadow the other."""
-        owners: dict[object, Installed] = {}
+        owners: dict[str, Installed] = {}
         for plugin in self.plugins:
-            claims: list[tuple[object, str]] = [((plugin.kind, plugin.name), f"{plugin.kind} '{plugin.name}'")]
-            for path in plugin.conf_dir.rglob("*.yaml"):
-                relative = path.relative_to(plugin.conf_dir)
-                claims.append((relative, f"the configuration file {relative}"))
-            for claim, words in claims:
+            files = sorted(path.relative_to(plugin.conf_dir) for path in plugin.conf_dir.rglob("*.yaml"))
+            for claim in (f"{plugin.kind} '{plugin.name}'", *(f"the configuration file {file}" for file in files)):
                 other = owners.setdefault(claim, plugin)
                 if other.package_dir != plugin.package_dir:
                     both = f"{other.distribution} and {plugin.distribution}"
-                    raise PluginError(f"{words} is shipped by both {both}: uninstall one of them")
+                    raise PluginError(f"{claim} is shipped by both {both}: uninstall one of them")
 
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
     """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
-    found: list[Installed] = []
-    seen: set[tuple[str, str, str]] = set()
+    found: dict[tuple[str, str, str], Installed] = {}
     for kind in KINDS:
         for point in metadata.entry_points(group=f"timetrial.{kind}"):
-            if point.dist is None or (allowed is not None and point.name not in allowed):
-                continue
-            distribution = re.sub(r"[-_.]+", "-", point.dist.name).lower()
-            # One distribution can be seen twice, as an editable install and as a folder on sys.path.
-            if (kind, point.name, distribution) not in seen:
-                seen.add((kind, point.name, distribution))
-                package = _package_dir(point.value)
-                found.append(Installed(kind, point.name, point.value, distribution, point.dist.version, package))
-    return Registry(found, blocked)
-
-
-def _package_dir(target: str) -> Path:
-    """The folder of the package that holds `package.module:Class`, without importing it."""
-    top, *rest = target.partition(":")[0].split(".")[:-1] or [target.partition(":")[0]]
-    spec = importlib.util.find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
-        return Path("/nonexistent") / top  # a broken installation: `load` says so if it is chosen
-    return Path(next(iter(spec.submodule_search_locations)), *rest)
+            if point.dist is not None and (allowed is None or point.name in allowed):
+                distribution = re.sub(r"[-_.]+", "-", point.dist.name).lower()
+                plugin = Installed(kind, point.name, point.value, distribution, point.dist.version)
+                # One distribution can be seen twice, as an editable install and as a folder on sys.path.
+                found.setdefault((kind, point.name, distribution), plugin)
+    return Registry(found.values(), blocked)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any
 
-EXIT_SUCCESS = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_DIVERGED = 3
-EXIT_NOT_CONVERGED = 4
-EXIT_STOPPED = 75
-"""Stopped by a signal and resumable (EX_TEMPFAIL of sysexits.h: try again later)."""
+EXIT_CODES = {"success": 0, "throughput": 0, "failed": 1, "diverged": 3, "not_converged": 4, "stopped": 75}
+"""Status of a run -> exit status. `throughput` is a run on synthetic data, which has no quality to reach. 75 is
+EX_TEMPFAIL of sysexits.h: stopped by a signal and resumable."""
 
 
 class TimetrialError(Exception):
     """A failure that a user can act on. `message` is one line: what is wrong, what was expected, what to do."""
 
-    kind = "failed"
-    status = "failed"
-    exit_code = EXIT_FAILED
+    kind = status = "failed"
+    exit_code = EXIT_CODES["failed"]
 
     def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
         self.message, self.rank, self.step = " ".join(message.split()), rank, step
@@ -31,12 +28,19 @@ class TimetrialError(Exception):
         names = ("kind", "status", "message", "exit_code", "rank", "step")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def show(self, debug: bool = False) -> int:
+        """Prints the one line; returns the exit status."""
+        if debug:
+            traceback.print_exception(self)
+        print(f"timetrial: {self}", file=sys.stderr)
+        return self.exit_code
+
 
 class UsageError(TimetrialError):
     """A mistake on the command line or in the configuration, or a requirement this machine does not meet."""
 
     kind = "usage"
-    exit_code = EXIT_USAGE
+    exit_code = 2
 
 
 class PluginError(UsageError):
@@ -61,7 +65,7 @@ class DivergedError(TimetrialError):
     """A loss, gradient or parameter that is not finite."""
 
     kind = status = "diverged"
-    exit_code = EXIT_DIVERGED
+    exit_code = EXIT_CODES["diverged"]
 
 
 class OutOfMemoryError(TimetrialError):
@@ -71,18 +75,25 @@ class OutOfMemoryError(TimetrialError):
 
 
 class StoppedError(TimetrialError):
-    """A signal came before training had begun."""
+    """A signal came while nothing could be saved."""
 
     kind = status = "stopped"
-    exit_code = EXIT_STOPPED
+    exit_code = EXIT_CODES["stopped"]
+
+
+def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
+    """What a command line returns: `command()`, or the exit status of its error; `stopped` is said after Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        return command()
+    except TimetrialError as error:
+        return error.show(debug)
+    except KeyboardInterrupt:
+        return StoppedError(stopped).show(debug)
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """Text for an error about an unknown `name`: the nearest valid option, or all of them.
-
-    >>> nearest("renset", ["resnet", "bert"])
-    "did you mean 'resnet'?"
-    """
+    """Text for an error about an unknown `name`: "did you mean" the nearest valid option, or all of them."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:

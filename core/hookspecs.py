@@ -10,6 +10,9 @@ Mark an implementation with `core.hookimpl`. An *onion* hook is implemented as a
 Hooks build the step; none is called inside one. An implementation may leave out arguments, but not rename them.
 """
 
+# pyright: reportReturnType=false
+# A hook is specified by its docstring.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from core.config import RunConfig
     from core.prepare import Preparation
-    from core.types import Backend, Batch, Evidence, Forward, Position, RunContext, Step, StepParts, Workload
+    from core.types import Backend, Batch, Evaluate, Evidence, Position, RunContext, StepParts, Workload
 
 PROJECT = "timetrial"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -34,60 +37,58 @@ class Hooks:
     """Every hook. Kinds of plugin that usually implement one stand in brackets."""
 
     @hookspec
-    def environment(self, config: RunConfig) -> dict[str, str]:  # pyright: ignore[reportReturnType]
+    def environment(self, config: RunConfig) -> dict[str, str]:
         """[any] Environment variables to set before torch is imported. Two values for one name are an error."""
 
     @hookspec(firstresult=True)
-    def init_backend(self, ctx: RunContext) -> Backend:  # pyright: ignore[reportReturnType]
+    def init_backend(self, ctx: RunContext) -> Backend:
         """[backend] Joins the process group and chooses this rank's device."""
 
     @hookspec(firstresult=True)
-    def prepare(self, preparation: Preparation) -> dict[str, Any]:  # pyright: ignore[reportReturnType]
+    def prepare(self, preparation: Preparation) -> dict[str, Any]:
         """[workload] `python -m core.prepare`: raw data into what the workload reads. Returns counts to print."""
 
     @hookspec(firstresult=True)
-    def make_workload(self, ctx: RunContext) -> Workload:  # pyright: ignore[reportReturnType]
+    def make_workload(self, ctx: RunContext) -> Workload:
         """[workload] The workload; reads no data yet."""
 
     @hookspec(firstresult=True)
-    def prepare_model(self, ctx: RunContext, model: nn.Module) -> nn.Module:  # pyright: ignore[reportReturnType]
+    def prepare_model(self, ctx: RunContext, model: nn.Module) -> nn.Module:
         """[opt, onion] The model on its device, before distribution: memory format, compilation, partial capture."""
 
     @hookspec(firstresult=True)
-    def distribute(self, ctx: RunContext, model: nn.Module) -> nn.Module:  # pyright: ignore[reportReturnType]
+    def distribute(self, ctx: RunContext, model: nn.Module) -> nn.Module:
         """[backend innermost, opt, onion] The model whose backward pass also exchanges gradients."""
 
     @hookspec(firstresult=True)
-    def communication_hook(self, ctx: RunContext, model: nn.Module) -> tuple[Any, Callable[..., Any]]:  # pyright: ignore[reportReturnType]
+    def communication_hook(self, ctx: RunContext, model: nn.Module) -> tuple[Any, Callable[..., Any]]:
         """[opt] `(state, hook)` for DistributedDataParallel's gradient exchange: one owner, which claims
         "ddp.comm_hook". Wrappers around it may act on each bucket's future; without an owner they are given None."""
 
     @hookspec(firstresult=True)
-    def make_optimizer(self, ctx: RunContext, model: nn.Module) -> torch.optim.Optimizer:  # pyright: ignore[reportReturnType]
+    def make_optimizer(self, ctx: RunContext, model: nn.Module) -> torch.optim.Optimizer:
         """[workload innermost, opt, onion] The optimizer of the bare `model`."""
 
     @hookspec(firstresult=True)
-    def wrap_batches(self, ctx: RunContext, batches: Iterable[Batch]) -> Iterable[Batch]:  # pyright: ignore[reportReturnType]
+    def wrap_batches(self, ctx: RunContext, batches: Iterable[Batch]) -> Iterable[Batch]:
         """[opt, onion] One epoch's batches of this rank, before `ctx.feed` moves them: packing, memory format."""
 
     @hookspec(firstresult=True)
-    def component(self, ctx: RunContext, name: str, default: Any) -> Any:  # pyright: ignore[reportReturnType]
+    def component(self, ctx: RunContext, name: str, default: Any) -> Any:
         """[opt, onion] A seam that is offered by name while the run is built. Core offers "loss" and "infer", each a
         function of `(model, data)`, and "feed" (`RunContext.feed`); a backend offers "ddp", keyword arguments of
         DistributedDataParallel; a workload offers its own through `ctx.component`, such as "rnnt.loss"."""
 
     @hookspec(firstresult=True)
-    def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:  # pyright: ignore[reportReturnType]
+    def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:
         """[opt, onion] The halves of a step: accumulation wraps the first, optimizer-in-backward empties the second."""
 
     @hookspec(firstresult=True)
-    def wrap_step(self, ctx: RunContext, step: Any, purpose: Literal["train", "infer"]) -> Any:  # pyright: ignore[reportReturnType]
+    def wrap_step(self, ctx: RunContext, step: Any, purpose: Literal["train", "infer"]) -> Any:
         """[opt, onion] The whole step as one callable, a `Step` for "train", a `Forward` for "infer": capture."""
 
     @hookspec(firstresult=True)
-    def wrap_evaluate(
-        self, ctx: RunContext, evaluate: Callable[[Forward], dict[str, float]]
-    ) -> Callable[[Forward], dict[str, float]]:  # pyright: ignore[reportReturnType]
+    def wrap_evaluate(self, ctx: RunContext, evaluate: Evaluate) -> Evaluate:
         """[backend, opt, onion] The evaluation of the whole evaluation set."""
 
     @hookspec
@@ -103,8 +104,5 @@ class Hooks:
         """[trackers] About once a second, on every rank: loss, learning rate, samples/s."""
 
     @hookspec
-    def verify(self, ctx: RunContext) -> Evidence:  # pyright: ignore[reportReturnType]
+    def verify(self, ctx: RunContext) -> Evidence:
         """[opt, backend] Proof that the plugin took effect: asked for after warm-up and at the end."""
-
-
-__all__ = ["Hooks", "Step", "hookimpl", "hookspec"]

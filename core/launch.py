@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from core.config import RunConfig, flatten
-from core.errors import EXIT_FAILED, EXIT_STOPPED, TimetrialError, UsageError
-from core.record import EXIT_CODES, new_run_name, read_result, update_result, write_failure, write_json
-from core.resolve import RUN_KEYS, Attempt, RunPlan
+from core.config import RunConfig
+from core.errors import EXIT_CODES, TimetrialError, UsageError
+from core.record import new_run_name, read_result, update_result, write_failure, write_json
+from core.resolve import Attempt, RunPlan
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
@@ -29,15 +29,18 @@ def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
 
     `isolate` starts even a single rank as a process of its own (each job of a sweep gets a fresh interpreter).
     """
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 of the outer launcher makes the folder and tells the others
-        return Path(), _in_place(plan, Attempt(run_dir=""))
-    config = plan.root()
-    plan, attempt = _prepare(plan, config)
+    config, attempt = plan.root(), Attempt(run_dir="")
+    if int(os.environ.get("RANK", 0)) == 0:  # under an outer launcher, rank 0 makes the folder and tells the others
+        plan, attempt = _prepare(plan, config)
     with _environment(plan, config):
-        outside = "RANK" in os.environ
-        run = _in_place if outside or (plan.world_size == 1 and not isolate) else _elastic
-        code = run(plan, attempt)
-    return Path(attempt.run_dir), _settle(Path(attempt.run_dir), code)
+        if "RANK" in os.environ or (plan.world_size == 1 and not isolate):
+            from core.worker import run_rank  # imports torch
+
+            code = run_rank(plan, attempt)
+        else:
+            code = _elastic(plan, attempt)
+    run_dir = Path(attempt.run_dir)
+    return run_dir, _settle(run_dir, code) if attempt.run_dir else code
 
 
 def _prepare(plan: RunPlan, config: RunConfig) -> tuple[RunPlan, Attempt]:
@@ -58,19 +61,18 @@ def _prepare(plan: RunPlan, config: RunConfig) -> tuple[RunPlan, Attempt]:
         previous = Path(config.resume).absolute()
         if not (previous / "resolved.yaml").exists():
             raise UsageError(f"resume={config.resume} is not a run folder; expected auto, never or a run folder")
-    restarts, changed = 0, False
+    attempt = Attempt(str(run_dir))
     if previous is not None:
-        plan, changed = _continue(plan, config, run_dir, previous)
-        restarts = int(read_result(previous).get("restarts", 0)) + 1
+        plan, attempt = _continue(plan, config, run_dir, previous)
     plan.save(run_dir / "resolved.yaml")
     for stale in (run_dir / "errors").glob("rank*"):
         stale.unlink()
     update_result(run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv])
-    return plan, Attempt(str(run_dir), str(previous) if previous else None, restarts, changed)
+    return plan, attempt
 
 
-def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -> tuple[RunPlan, bool]:
-    """Whether `plan` may continue the run in `previous`, and whether it differs from it."""
+def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -> tuple[RunPlan, Attempt]:
+    """The run in `previous`, carried on by `plan`. UsageError where that may not be."""
     result, old = read_result(previous), RunPlan.load(previous / "resolved.yaml")
     if previous == run_dir and config.resume == "never":
         raise UsageError(f"{run_dir} already holds a run, and resume=never; choose another run_dir")
@@ -84,19 +86,25 @@ def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -
             f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command, choose another "
             "run_dir, or add resume_changed=true (the run is then not scored)"
         )
-    return plan, changed or bool(result.get("changed"))
+    restarts, changed = int(result.get("restarts", 0)) + 1, changed or bool(result.get("changed"))
+    return plan, Attempt(str(run_dir), str(previous), restarts, changed)
 
 
 def _difference(old: RunPlan, new: RunPlan) -> str:
     """The first things that differ between two plans, in words."""
     if old.world_size != new.world_size:
         return f"the world size ({old.world_size} to {new.world_size})"
-    before, after = flatten(old.config), flatten(new.config)
-    keys = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    keys = [k for k in keys if k.partition(".")[0] not in RUN_KEYS]
-    if keys:
-        return ", ".join(f"{k} ({before.get(k)} to {after.get(k)})" for k in keys[:3])
-    return "the code of " + (", ".join(p.name for p in new.plugins if p not in old.plugins) or "core")
+    code = [plugin.name for plugin in new.plugins if plugin not in old.plugins]
+    keys = list(_changed_keys(old.settings(), new.settings()))
+    return ", ".join(keys[:3]) if keys else f"the code of {', '.join(code) or 'core'}"
+
+
+def _changed_keys(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _changed_keys(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield f"{key} ({old} to {new})"
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def _environment(plan: RunPlan, config: RunConfig) -> Generator[None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = dict(os.environ)
     ours = {
-        "OMP_NUM_THREADS": str(max(1, cores // config.launch.nproc)),
+        "OMP_NUM_THREADS": str(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))),
         # OpenMP threads that wait by spinning for long stall each other where cores are shared with other programs:
         # with both of two cores busy, resnet made 60 to 99 samples/s, and with this 960.
         "GOMP_SPINCOUNT": "1000",
@@ -113,18 +121,12 @@ def _environment(plan: RunPlan, config: RunConfig) -> Generator[None]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **plan.environment,
     }
-    os.environ.update({key: value for key, value in ours.items() if key not in before})
+    os.environ.update({**ours, **before})
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _in_place(plan: RunPlan, attempt: Attempt) -> int:
-    from core.worker import run_rank  # imports torch
-
-    return run_rank(plan, attempt)
 
 
 def _elastic(plan: RunPlan, attempt: Attempt) -> int:
@@ -139,7 +141,7 @@ def _elastic(plan: RunPlan, attempt: Attempt) -> int:
         torchrun.run(torchrun.parse_args([*arguments, "-m", "core.worker", json.dumps(vars(attempt))]))
         return 0
     except SignalException:
-        return EXIT_STOPPED
+        return EXIT_CODES["stopped"]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         path = Path(attempt.run_dir, "errors", f"rank{rank}.json")
@@ -148,7 +150,7 @@ def _elastic(plan: RunPlan, attempt: Attempt) -> int:
             cause = f"rank {rank} was killed by {failure.signal_name()}"
             killed = TimetrialError(f"{cause}; the same command resumes from the last checkpoint", rank=rank)
             write_json(path, {**killed.as_dict(), "kind": "killed", "time": 0.0})  # it came first
-        return EXIT_FAILED
+        return EXIT_CODES["failed"]
     finally:
         for child in psutil.Process().children(recursive=True):
             child.kill()
@@ -165,25 +167,4 @@ def _settle(run_dir: Path, code: int) -> int:
     if status != "running":
         return EXIT_CODES[status]
     write_failure(run_dir, {"kind": "killed", "message": f"the worker ended without a result (exit status {code})"})
-    return EXIT_FAILED
-
-
-def summary(run_dir: Path) -> str:
-    """The one line that a run ends with."""
-    result: dict[str, Any] = read_result(run_dir)
-    status, where = result.get("status"), os.path.relpath(run_dir)
-    if result.get("error"):
-        return f"{status}: {result['error']['message']} [{where}]"
-    targets = result["target"].items()
-    quality = ", ".join(f"{k} {result['quality'][k]:.4f} (target {v:g})" for k, v in targets if k in result["quality"])
-    doubts = [f"{name}: {e['summary']}" for name, e in result["evidence"].items() if not e["active"]]
-    head = {
-        "success": f"success, not scored ({'resumed' if result['restarts'] else 'changed'}): {quality}",
-        "stopped": f"stopped with a checkpoint; the same command with run_dir={where} resumes",
-        "throughput": "throughput on synthetic data",
-        "not_converged": f"not converged: {quality or 'never evaluated'}",
-    }[str(status)]
-    if status == "success" and result["time_to_train_s"] is not None:
-        head = f"success: time to train {result['time_to_train_s']:.1f} s, {quality}"
-    words = f"; NO EVIDENCE for {'; '.join(doubts)}" if doubts else ""
-    return f"{head}; {result['steps']:,} steps, {result['samples_per_s'] or 0:,.0f} samples/s{words} [{where}]"
+    return EXIT_CODES["failed"]

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 
-from core.discovery import Installed, Registry, discover
-from core.errors import TimetrialError
+from core.discovery import Installed, discover
+from core.errors import PluginError, exit_status
+from core.report import print_table
+from core.resolve import capabilities
 from core.types import BackendSpec, Devices, PluginSpec
 
 
 def main() -> int:
-    try:
-        registry = discover()
-    except TimetrialError as error:
-        print(f"timetrial: {error}", file=sys.stderr)
-        return error.exit_code
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    return exit_status(_main)
 
-    table = Table("kind", "name", "version", "distribution", "summary", "requires", "runs here", box=box.SIMPLE)
-    for plugin, spec, verdict in survey(registry):
-        summary, requires = (spec.summary, ", ".join(sorted(spec.requires))) if spec else ("", "")
-        table.add_row(plugin.kind, plugin.name, plugin.version, plugin.distribution, summary, requires, verdict)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+def _main() -> int:
+    specs = {plugin: _spec(plugin) for plugin in discover().plugins}
+    probes = {plugin: spec.probe() for plugin, spec in specs.items() if isinstance(spec, BackendSpec)}
+    offered = capabilities(*probes.values(), multi_rank=True, multi_node=True)
+    headings = ("kind", "name", "version", "distribution", "summary", "requires", "runs here")
+    about = {p: (p.kind, p.name, p.version, p.distribution) for p in specs}
+    print_table(headings, [(*about[p], *_verdict(spec, probes.get(p), offered)) for p, spec in specs.items()], 200)
     return 0
 
 
-def survey(registry: Registry) -> list[tuple[Installed, PluginSpec | None, str]]:
-    """Each plugin with its spec (None where it cannot be imported) and "yes" or the reason why not."""
-    specs: dict[tuple[str, str], PluginSpec | TimetrialError] = {}
-    for plugin in registry.plugins:
-        try:
-            specs[plugin.kind, plugin.name] = plugin.load().spec
-        except TimetrialError as error:
-            specs[plugin.kind, plugin.name] = error
-    probes = {name: s.probe() for (_, name), s in specs.items() if isinstance(s, BackendSpec)}
-    offered = {"multi_rank", "multi_node"} | {c for d in probes.values() if not d.problem for c in d.provides}
-    offered |= {"cxx"} if any(map(shutil.which, ("c++", "g++", "clang++"))) else set()
-    return [_judge(plugin, specs[plugin.kind, plugin.name], probes, offered) for plugin in registry.plugins]
+def _spec(plugin: Installed) -> PluginSpec | PluginError:
+    try:
+        return plugin.load().spec
+    except PluginError as error:
+        return error
 
 
-def _judge(
-    plugin: Installed, spec: PluginSpec | TimetrialError, probes: dict[str, Devices], offered: set[str]
-) -> tuple[Installed, PluginSpec | None, str]:
-    if isinstance(spec, TimetrialError):
-        return plugin, None, f"no: {spec}"
-    problem = probes[plugin.name].problem if plugin.kind == "backend" else ""
-    missing = sorted(spec.requires - offered)
-    if missing:
-        problem = f"no installed backend provides {', '.join(missing)} on this machine"
-    return plugin, spec, f"no: {problem}" if problem else "yes"
+def _verdict(spec: PluginSpec | PluginError, devices: Devices | None, offered: set[str]) -> tuple[str, str, str]:
+    """Summary, requirements, and "yes" or the reason why the plugin cannot run here."""
+    if isinstance(spec, PluginError):
+        return "", "", f"no: {spec}"
+    missing = ", ".join(sorted(spec.requires - offered))
+    problem = f"no installed backend provides {missing} on this machine" if missing else devices and devices.problem
+    return spec.summary, ", ".join(sorted(spec.requires)), f"no: {problem}" if problem else "yes"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,12 +23,14 @@ from typing import Any
 
 from core.config import RunConfig, validate
 from core.discovery import discover
-from core.errors import EXIT_STOPPED, DataError, TimetrialError, UsageError
-from core.record import write_json
+from core.errors import DataError, TimetrialError, UsageError, exit_status
+from core.record import sha256, write_json
+from core.report import Progress
+from core.resolve import environment, plugin_manager
+from core.run import compose
 
 MANIFEST, JOURNAL = "manifest.json", ".journal.jsonl"
 USAGE = "usage: python -m core.prepare workload=NAME source=PATH out=FOLDER [seed=N] [data.workers=N] [workload.KEY=V]"
-_PLAIN_EVERY_S = 10.0
 
 
 @dataclass(kw_only=True)
@@ -52,9 +55,8 @@ class Preparation:
         self.bad[name] = reason
         print(f"timetrial: {name}: {reason}", file=sys.stderr, flush=True)
         if len(self.bad) > self.max_bad:
-            raise DataError(
-                f"{name}: {reason}; repair or remove it, or set data.max_bad={len(self.bad)} to pass over it"
-            )
+            remedy = f"repair or remove it, or set data.max_bad={len(self.bad)} to pass over it"
+            raise DataError(f"{name}: {reason}; {remedy}")
 
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
@@ -62,31 +64,26 @@ class Preparation:
         """
         jobs = list(jobs)
         missing = [job for job in jobs if job[0] not in self.finished]
-        progress = _Progress(label, len(jobs), len(jobs) - len(missing))
-        with progress, (self.out / JOURNAL).open("a") as journal:
-            for name, entry in self._results(function, missing):
-                self.finished[name] = entry
-                print(json.dumps({"file": name, **entry}), file=journal, flush=True)
-                progress.advance()
+        with (self.out / JOURNAL).open("a") as journal, self._pool() as pool, closing(Progress()) as progress:
+            writing = [pool.submit(_write, self.out, name, function, arguments) for name, arguments in missing]
+            try:
+                for done, future in enumerate(as_completed(writing), len(jobs) - len(missing) + 1):
+                    name, entry = future.result()
+                    self.finished[name] = entry
+                    print(json.dumps({"file": name, **entry}), file=journal, flush=True)
+                    progress.update(f"timetrial: {label}: {done} of {len(jobs)}")
+            except BrokenProcessPool:
+                problem = "a worker process was killed, perhaps for want of memory: the same command continues"
+                raise TimetrialError(f"{problem}; data.workers=1 needs least") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+            progress.print(f"timetrial: {label}: {len(jobs)} of {len(jobs)}")
         self.files |= {name: self.finished[name]["sha256"] for name, _ in jobs}
         return [self.finished[name]["note"] for name, _ in jobs]
 
-    def _results(self, function: Callable[..., Any], jobs: Sequence[tuple[str, tuple[Any, ...]]]) -> Iterable[Any]:
-        if self.workers == 0:
-            yield from (_write(self.out, name, function, arguments) for name, arguments in jobs)
-            return
+    def _pool(self) -> Executor:
         # Not fork: a process with threads, as this one has, must not be copied.
-        with ProcessPoolExecutor(self.workers, get_context("forkserver")) as pool:
-            waiting: list[Future[Any]] = [pool.submit(_write, self.out, name, function, args) for name, args in jobs]
-            try:
-                yield from (future.result() for future in as_completed(waiting))
-            except BrokenProcessPool:
-                raise TimetrialError(
-                    "a worker process was killed, perhaps for want of memory: the same command continues; "
-                    "data.workers=1 needs least"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return ProcessPoolExecutor(self.workers, get_context("forkserver")) if self.workers else ThreadPoolExecutor(1)
 
 
 def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
@@ -95,14 +92,9 @@ def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     note = function(partial, *arguments)
-    entry = {"sha256": _sha256(partial), "note": note}
+    entry = {"sha256": sha256(partial), "note": note}
     partial.replace(path)
     return name, entry
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -118,13 +110,15 @@ def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1
     for name, expected in sorted(manifest["files"].items())[rank::world_size]:
         if not (root / name).is_file():
             raise DataError(f"{root / name} is missing: {remedy}")
-        if _sha256(root / name) != expected:
+        if sha256(root / name) != expected:
             raise DataError(f"{root / name} has changed (its SHA-256 differs): {remedy}")
     return manifest
 
 
-def prepare(plugin: Any, request: Mapping[str, Any], source: Path, out: Path, config: RunConfig) -> dict[str, Any]:
-    """Runs the plugin's hook, or verifies what it has made before. Returns the manifest."""
+def prepare(hook: Any, request: Mapping[str, Any], source: Path, out: Path, config: RunConfig) -> dict[str, Any]:
+    """Calls the workload's hook, or verifies what it has made before. Returns the manifest."""
+    if not source.exists():
+        raise DataError(f"source={source} does not exist: name a file or a folder")
     request = {**request, "seed": config.seed, "source": _describe(source)}
     if (out / MANIFEST).exists():
         manifest = check_manifest(out, request["workload"])
@@ -144,7 +138,7 @@ def prepare(plugin: Any, request: Mapping[str, Any], source: Path, out: Path, co
         source=source, out=out, seed=config.seed, workers=workers, max_bad=config.data.max_bad,
         finished={entry.pop("file"): entry for entry in entries[1:]},
     )  # fmt: skip
-    counts = plugin.prepare(preparation)
+    counts = hook(preparation=preparation)
     manifest = {"request": request, "counts": counts, "bad": preparation.bad, "files": preparation.files}
     write_json(out / MANIFEST, manifest)
     journal.unlink()
@@ -153,80 +147,35 @@ def prepare(plugin: Any, request: Mapping[str, Any], source: Path, out: Path, co
 
 def _describe(source: Path) -> dict[str, Any]:
     """What tells two sources apart without reading them: names and sizes of all files."""
-    if not source.exists():
-        raise DataError(f"source={source} does not exist: name a file or a folder")
     files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
     sizes = [(str(p.relative_to(source)), p.stat().st_size) for p in files]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "listing_sha256": digest}
 
 
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere; on stderr."""
-
-    def __init__(self, label: str, total: int, done: int) -> None:
-        self.label, self.total, self.done, self._printed, self._bar = label, total, done, time.monotonic(), None
-
-    def __enter__(self) -> None:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done)
-
-    def advance(self) -> None:
-        self.done += 1
-        if self._bar:
-            self._bar.advance(self._task)
-        elif time.monotonic() - self._printed > _PLAIN_EVERY_S or self.done == self.total:
-            self._printed = time.monotonic()
-            print(f"timetrial: {self.label}: {self.done} of {self.total}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-
 def main() -> int:
     """The command. Returns the exit status."""
-    from core.run import compose
+    return exit_status(_main, stopped="stopped; the same command continues")
 
-    own = {"source": "", "out": ""}
-    overrides: list[str] = []
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            overrides.append(argument)
-    try:
-        if "--help" in overrides or not all(own.values()) or not any(o.startswith("workload=") for o in overrides):
-            raise UsageError(USAGE)
-        registry = discover()
-        composed, choices = compose(overrides, registry)
-        config, name = validate(RunConfig, composed, ""), str(choices["workload"])
-        cls = registry.find("workload", name).load()
-        settings = validate(cls.Config, composed.workload, "workload")
-        plugin = cls(settings)
-        if not hasattr(plugin, "prepare"):
-            raise UsageError(f"workload '{name}' has nothing to prepare: it reads its data as it is")
-        for key, value in getattr(plugin, "environment", lambda config: {})(config=config).items():
-            os.environ.setdefault(key, value)
-        started = time.monotonic()
-        request = {"workload": name, "settings": asdict(settings)}
-        manifest = prepare(plugin, request, Path(own["source"]), Path(own["out"]).absolute(), config)
-    except TimetrialError as error:
-        print(f"timetrial: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("timetrial: stopped; the same command continues", file=sys.stderr)
-        return EXIT_STOPPED
-    counts = ", ".join(f"{value:,} {key}" for key, value in manifest["counts"].items())
-    print(
-        f"timetrial: prepared {counts}; {len(manifest['bad'])} bad [{own['out']}, {time.monotonic() - started:.1f} s]"
-    )
+
+def _main() -> int:
+    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
+    source, out = given.get("source"), given.get("out")
+    if not source or not out or "workload" not in given or "--help" in given:
+        raise UsageError(USAGE)
+    registry = discover()
+    composed, choices = compose([a for a in sys.argv[1:] if not a.startswith(("source=", "out="))], registry)
+    config, chosen = validate(RunConfig, composed, ""), registry.find("workload", str(choices["workload"]))
+    manager = plugin_manager([chosen], composed)
+    (plugin,) = manager.get_plugins()
+    if not manager.hook.prepare.get_hookimpls():
+        raise UsageError(f"workload '{chosen.name}' has nothing to prepare: it reads its data as it is")
+    os.environ.update({**environment(manager, config), **os.environ})
+    started = time.monotonic()
+    request = {"workload": chosen.name, "settings": asdict(plugin.config)}
+    manifest = prepare(manager.hook.prepare, request, Path(source), Path(out).absolute(), config)
+    counts, seconds = ", ".join(f"{n:,} {key}" for key, n in manifest["counts"].items()), time.monotonic() - started
+    print(f"timetrial: prepared {counts}; {len(manifest['bad'])} bad [{out}, {seconds:.1f} s]")
     return 0
 
 

@@ -7,72 +7,53 @@ second on with the status `running`, so that a run that is killed leaves a resul
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
-from core.config import SubmissionConfig
-from core.errors import EXIT_DIVERGED, EXIT_FAILED, EXIT_NOT_CONVERGED, EXIT_STOPPED, EXIT_SUCCESS, TimetrialError
-from core.types import Evidence, Position, Workload
+from core.errors import TimetrialError
+from core.types import Position, RunContext
 
 RESULT_SCHEMA = 1
-EXIT_CODES = {
-    "success": EXIT_SUCCESS,
-    "throughput": EXIT_SUCCESS,
-    "failed": EXIT_FAILED,
-    "diverged": EXIT_DIVERGED,
-    "not_converged": EXIT_NOT_CONVERGED,
-    "stopped": EXIT_STOPPED,
-}
-"""Status of a run -> exit status. `throughput` is a run on synthetic data, which has no quality to reach."""
 
 
 class Record:
     """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved.
 
-    `mllog` is the official logger; on ranks other than 0 it writes nowhere.
+    `mllog` is the official logger; on ranks other than 0 (not `enabled`) it writes nowhere.
     """
 
     def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
-        self.run_dir, self.enabled, self.continued = run_dir, enabled, bool(offsets)
+        self.continued = bool(offsets)
         self._files: dict[str, IO[str]] = {}
-        logger = logging.Logger(
-            "timetrial.mllog", logging.INFO
-        )  # its own: one run's lines must not reach another's log
-        logger.addHandler(logging.NullHandler())
+        logger = logging.Logger("timetrial.mllog", logging.INFO)  # one run's lines must not reach another's log
         self.mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
-        if not enabled:
-            return
         try:
-            for name in ("result_0.txt", "metrics.jsonl"):
+            for name in ("result_0.txt", "metrics.jsonl") if enabled else ():
                 path = run_dir / name
                 path.touch()
                 os.truncate(path, (offsets or {}).get(name, 0))
                 self._files[name] = path.open("a")
         except OSError as error:
             raise TimetrialError(f"cannot write {error.filename}: {error.strerror}; choose another run_dir") from None
-        logger.addHandler(logging.StreamHandler(self._files["result_0.txt"]))
-
-    def init_start(self) -> None:
-        """An ordinary user cannot flush the system's caches, so the log says that they were not."""
+        logger.addHandler(logging.StreamHandler(self._files["result_0.txt"]) if enabled else logging.NullHandler())
         if not self.continued:
-            self.mllog.event(constants.CACHE_CLEAR, False)
+            self.mllog.event(constants.CACHE_CLEAR, False)  # an ordinary user cannot flush the system's caches
             self.mllog.start(constants.INIT_START)
 
-    def init_stop(
-        self, submission: SubmissionConfig, workload: Workload, extra: Mapping[str, Any], weights: list[str]
-    ) -> None:
+    def init_stop(self, ctx: RunContext) -> None:
         """The header that the official checker wants, the end of initialisation and the start of the clock."""
         if self.continued:
             return
+        submission, workload, accumulation = ctx.config.submission, ctx.workload, constants.GRADIENT_ACCUMULATION_STEPS
         header = {
             constants.SUBMISSION_BENCHMARK: workload.spec.benchmark,
             constants.SUBMISSION_ORG: submission.org,
@@ -82,35 +63,25 @@ class Record:
             constants.TRAIN_SAMPLES: workload.train_samples,
             constants.EVAL_SAMPLES: workload.eval_samples,
             constants.GLOBAL_BATCH_SIZE: workload.global_batch_size,
+            constants.SEED: ctx.seed,
+            accumulation: ctx.figures.get(accumulation, 1),
         }
-        for key, value in {**header, **extra, **workload.log_values()}.items():
+        for key, value in {**header, **workload.log_values()}.items():
             self.mllog.event(key, value)
-        for name in weights:
+        for name in workload.weight_names(ctx.model):
             self.mllog.event(constants.WEIGHTS_INITIALIZATION, None, {"tensor": name})
         self.mllog.end(constants.INIT_STOP)
         self.mllog.start(constants.RUN_START)
 
     def metrics(self, position: Position, **values: Any) -> None:
         """One line of metrics.jsonl."""
-        if self.enabled:
+        if self._files:
             line = {"step": position.step, "epoch": position.epoch, "samples": position.samples, **values}
             print(json.dumps(line), file=self._files["metrics.jsonl"], flush=True)
-
-    def evidence(self, stages: Mapping[str, list[Evidence]]) -> None:
-        if self.enabled:
-            write_json(self.run_dir / "evidence.json", {s: [asdict(e) for e in found] for s, found in stages.items()})
-
-    def result(self, **fields: Any) -> None:
-        if self.enabled:
-            update_result(self.run_dir, **fields)
 
     def offsets(self) -> dict[str, int]:
         """How long each log is, for a checkpoint."""
         return {name: file.tell() for name, file in self._files.items()}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def new_run_name(what: str) -> str:
@@ -140,3 +111,8 @@ def write_failure(run_dir: Path, error: Mapping[str, Any]) -> None:
     """Ends result.json with a failure: `error` has status, kind, message, rank and step."""
     entry = {key: error.get(key) for key in ("kind", "message", "rank", "step")}
     update_result(run_dir, status=error.get("status", "failed"), time_to_train_s=None, error=entry)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from core import __version__
 from core.discovery import KINDS, Registry, discover
-from core.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_SUCCESS, TimetrialError, UsageError, nearest
+from core.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
 
 HELP = """\
 timetrial {version}: training workloads raced against the clock, composed from plugins.
@@ -45,74 +45,62 @@ flags:
 """
 
 
-def conf_dir() -> Path:
-    """Core's configuration: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
-def options_of(group: str, registry: Registry) -> list[str]:
-    """The options of a configuration group: core's own, and those of the installed plugins."""
-    own = {path.stem for path in (conf_dir() / group).glob("*.yaml")}
-    return sorted(own | {plugin.name for plugin in registry.plugins if plugin.kind == group})
-
-
 def main() -> int:
     """The entry point of `python -m core.run` and of the console script `timetrial`. Returns the exit status."""
+    return exit_status(_main)
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--help", "--version", "--debug"):
-        parser.add_argument(flag, *(["-h"] if flag == "--help" else []), action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true")
     for flag in ("--no-plugin", "--only-plugins"):
         parser.add_argument(flag, action="append", default=[])
-    flags = argparse.Namespace(debug="--debug" in sys.argv)
     try:
         flags, arguments = parser.parse_known_args()
-        if flags.version:
-            print(__version__)
-            return EXIT_SUCCESS
-        only = ",".join(flags.only_plugins)
-        registry = discover(",".join(flags.no_plugin).split(","), only.split(",") if only else None)
-        if flags.help:
-            groups = (*KINDS, "data", "launch", "experiment")
-            lines = [f"  {group + '=':<12} {', '.join(options_of(group, registry))}" for group in groups]
-            print(HELP.format(version=__version__, options="\n".join(lines)), end="")
-            return EXIT_SUCCESS
-        return _compose_and_run(arguments, registry, flags.debug)
     except argparse.ArgumentError as error:
-        print(f"timetrial: {error}", file=sys.stderr)
-        return UsageError.exit_code
-    except TimetrialError as error:
-        return _show(error, flags.debug)
-    except KeyboardInterrupt:
-        print("timetrial: stopped", file=sys.stderr)
-        return EXIT_STOPPED
+        raise UsageError(str(error)) from None
+    blocked, allowed = (
+        [name for names in flag for name in names.split(",")] for flag in (flags.no_plugin, flags.only_plugins)
+    )
+    registry = discover(blocked, allowed or None)
+    if flags.help:
+        groups = (*KINDS, "data", "launch", "experiment")
+        lines = [f"  {group + '=':<12} {', '.join(_options_of(group, registry))}" for group in groups]
+        print(HELP.format(version=__version__, options="\n".join(lines)), end="")
+        return 0
+    return _compose_and_run(arguments, registry, flags.debug)
 
 
-def _show(error: TimetrialError, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    print(f"timetrial: {error}", file=sys.stderr)
-    return error.exit_code
+def _conf_dir() -> Path:
+    """Core's configuration: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
+
+
+def _options_of(group: str, registry: Registry) -> list[str]:
+    """The options of a configuration group: core's own, and those of the installed plugins."""
+    own = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
+    return sorted(own | set(registry.names(group)))
 
 
 def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
     if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
         raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours to shape
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
-    from core.launch import launch, summary
-    from core.record import write_failure
+    from core.launch import launch
+    from core.record import new_run_name, write_failure
+    from core.report import print_sweep, summary
     from core.resolve import resolve
-    from core.sweep import Sweep
 
-    sweep = Sweep()
-    outcome = [EXIT_SUCCESS]
+    code = 0
+    jobs: list[tuple[list[str], Path, int]] = []  # of a sweep
 
     def job(config: Any) -> None:
+        nonlocal code
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
         overrides = list(hydra_config.overrides.task)
@@ -123,28 +111,25 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> i
             _refuse_duplicates(overrides)
             run_dir, code = launch(resolve(config, hydra_config.runtime.choices, registry), isolate=multirun)
             if run_dir != Path():  # an outer launcher's other ranks have none
-                print(f"timetrial: {summary(run_dir)}", file=sys.stdout if code == 0 else sys.stderr, flush=True)
+                print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
         except TimetrialError as error:
-            code = _show(error, debug)
+            code = error.show(debug)
             if multirun:
                 write_failure(run_dir, error.as_dict())
-        outcome[0] = code
         if multirun:
-            sweep.add(overrides, run_dir, code)
-            if code == EXIT_STOPPED:
+            jobs.append((overrides, run_dir, code))
+            if code == EXIT_CODES["stopped"]:
                 raise KeyboardInterrupt
 
-    _register_search_path(registry)
     sys.argv = [sys.argv[0], *arguments]
+    sweep_dir = str(Path("runs", new_run_name("sweep")).absolute())  # one for all the jobs of a sweep
     try:
-        hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, arguments, registry)) from error
+        with _composing(registry, sweep_dir):
+            hydra.main(version_base=None, config_path=str(_conf_dir()), config_name="config")(job)()
     finally:
-        sweep.print_table()
-    if sweep.jobs:
-        return EXIT_SUCCESS if all(job.code == EXIT_SUCCESS for job in sweep.jobs) else EXIT_FAILED
-    return outcome[0]
+        if jobs:
+            print_sweep(jobs)
+    return EXIT_CODES["failed"] if any(failed for _, _, failed in jobs) else code
 
 
 def _refuse_duplicates(overrides: list[str]) -> None:
@@ -157,80 +142,59 @@ def _refuse_duplicates(overrides: list[str]) -> None:
             raise UsageError(f"opt '{twice[0]}' is given twice; name each opt once")
 
 
-def _register_search_path(registry: Registry) -> None:
-    """Adds the plugins' configuration folders to Hydra's search path, without importing a plugin."""
+@contextmanager
+def _composing(registry: Registry, sweep_dir: str = "") -> Generator[None]:
+    """Hydra with the plugins' configuration folders on its search path, and with errors of one line."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
+    from hydra.errors import HydraException
     from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf import OmegaConf
-
-    from core.record import new_run_name
+    from omegaconf.errors import OmegaConfBaseException
 
     class TimetrialSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for path in registry.search_path():
+            for path in dict.fromkeys(plugin.conf_dir for plugin in registry.plugins if plugin.conf_dir.is_dir()):
                 search_path.append("timetrial", f"file://{path}")
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours to shape
     Plugins.instance().register(TimetrialSearchPath)
-    folder = str(Path("runs", new_run_name("sweep")).absolute())  # one for all the jobs of a sweep
-    OmegaConf.register_new_resolver("timetrial.sweep_dir", lambda: folder, replace=True)
+    OmegaConf.register_new_resolver("timetrial.sweep_dir", lambda: sweep_dir, replace=True)
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, registry)) from error
 
 
-def _explain(error: Exception, arguments: list[str], registry: Registry) -> str:
+def _explain(error: Exception, registry: Registry) -> str:
     """A composition error in one line, with the nearest valid name."""
-    text = " ".join(str(error).split())
-    missing = re.search(r"Could not find '([\w/]*?)/?([^/']+)'", text)
-    if missing:
-        group, option = missing.groups()
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    from core.config import unknown_key
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
         if option in registry.blocked:
             return f"{group} '{option}' is blocked by --no-plugin"
-        options = options_of(group, registry)
+        options = _options_of(group, registry)
         return f"{group} '{option}' is not installed: {nearest(option, options)}; installed: {', '.join(options)}"
-    unknown = re.search(r"Could not override '([\w.]+)'", text)
-    if unknown:
-        return f"unknown key '{unknown[1]}': {nearest(unknown[1], _known_keys(arguments, unknown[1]))}"
-    twice = re.search(r"(\S+) appears more than once in the final defaults list", text)
-    if twice:
-        return f"an option of '{twice[1]}' is given twice; name each once, as in '+opt=[a,b]'"
-    return text
-
-
-def _known_keys(arguments: list[str], unknown: str) -> list[str]:
-    """The keys of the configuration composed without the override that failed."""
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-
-    from core.config import flatten
-
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-") and unknown not in a]
-    try:
-        return list(flatten(OmegaConf.to_container(_compose(overrides), resolve=False)))
-    except HydraException:
-        return []
+    if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+        return unknown_key(error.__cause__)
+    text = " ".join(str(error).split())
+    twice, known, _ = text.partition(" appears more than once in the final defaults list")
+    return f"an option of '{twice.split()[-1]}' is given twice; name each once, as in '+opt=[a,b]'" if known else text
 
 
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides and the option chosen in each group, for a command that starts no run."""
-    from hydra.errors import HydraException
+    import hydra
     from omegaconf import open_dict
-    from omegaconf.errors import OmegaConfBaseException
 
-    _register_search_path(registry)
-    try:
-        config = _compose(overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, overrides, registry)) from error
+    with _composing(registry), hydra.initialize_config_dir(str(_conf_dir()), version_base=None):
+        config = hydra.compose("config", overrides, return_hydra_config=True)
     with open_dict(config):
         return config, config.pop("hydra").runtime.choices
-
-
-def _compose(overrides: list[str], **options: bool) -> Any:
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf_dir()), version_base=None):
-        return hydra.compose("config", overrides, **options)
 
 
 if __name__ == "__main__":

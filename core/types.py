@@ -3,6 +3,9 @@
 Terms: *rank* is one process, *world size* their number; the *global batch* is what all ranks consume in one step.
 """
 
+# pyright: reportReturnType=false
+# A method of a protocol is its docstring.
+
 from __future__ import annotations
 
 import hashlib
@@ -100,6 +103,8 @@ class Batch:
 Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]
 """Inference: `batch.data -> pytree of tensors`, on the device, without gradient."""
+Evaluate = Callable[[Forward], dict[str, float]]
+"""The quality over the whole evaluation set, by metric."""
 Step = Callable[[Batch], Outputs]
 """One training step: device tensors out, no host synchronisation; "loss" is the mean loss times `Batch.weight`."""
 
@@ -165,15 +170,12 @@ class Backend(Protocol):
 
     def all_gather(self, values: list[float]) -> list[list[float]]:
         """Every rank's `values` (same length everywhere), in rank order. Doubles; a few numbers, not for tensors."""
-        ...
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (plain data) on every rank."""
-        ...
 
     def synchronize(self) -> None:
         """Waits until this rank's device has finished all queued work (for the clock)."""
-        ...
 
     def shutdown(self) -> None: ...
 
@@ -194,51 +196,40 @@ class Workload(Protocol):
 
     def check_data(self) -> None:
         """Before the clock: files exist and sums match (DataError), without reading training examples."""
-        ...
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, initialised from the run's seed."""
-        ...
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks of `model`, in order: what sharding and activation checkpointing act on."""
-        ...
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer: ...
 
     def learning_rate(self, step: int) -> float:
         """For the step with this number, counted from 0."""
-        ...
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         """This rank's batches of one epoch, in host memory or on the device, from batch number `first_batch` on: the
         same as when the epoch is read from its start. Every rank yields equally many. Another thread may iterate."""
-        ...
 
     def synthetic_batch(self) -> Batch:
         """A full-sized batch of random data on the device; touches no file."""
-        ...
 
     def loss(self, model: nn.Module, data: Any) -> Outputs:
         """At least "loss": the mean over the local examples, a scalar with gradient."""
-        ...
 
     def infer(self, model: nn.Module, data: Any) -> Any:
         """What `evaluate` needs of the model for one batch."""
-        ...
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank.
         Its batches go through `ctx.feed`."""
-        ...
 
     def log_values(self) -> Mapping[str, Any]:
         """mllog keys of the v1.1 rules for this benchmark (hyperparameters), with their values."""
-        ...
 
     def weight_names(self, model: nn.Module) -> list[str]:
         """Names for `weights_initialization`, as the closed rules spell them; [] where they do not apply."""
-        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -10,7 +10,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -18,33 +19,13 @@ import torch
 from mlperf_logging.mllog import constants
 
 from core.checkpoint import gathered
-from core.errors import EXIT_FAILED, DivergedError, StoppedError
-from core.progress import Progress
+from core.errors import EXIT_CODES, DivergedError, StoppedError
 from core.record import Record
+from core.report import Progress, quality_text
 from core.types import Position, RunContext
 
 _MAX_INTERVAL = 10_000
 """Most steps between two looks, whatever their speed: losses are held as device scalars in between."""
-
-
-class Clock:
-    """Seconds since the run started. A resumed run carries on; in between, the wall clock has gone on as well."""
-
-    def __init__(self) -> None:
-        self.started_at = 0.0  # Unix time of the very first start
-        self._carried, self._start = 0.0, 0.0
-
-    def carry(self, seconds: float, started_at: float) -> None:
-        """Takes over from the run that is continued."""
-        self._carried, self.started_at = seconds, started_at
-
-    def start(self) -> None:
-        self._start = time.perf_counter()
-        self.started_at = self.started_at or time.time()
-
-    def seconds(self) -> float:
-        """Time on the clock in the processes that ran, in seconds."""
-        return self._carried + time.perf_counter() - self._start
 
 
 class Signals:
@@ -53,174 +34,185 @@ class Signals:
     def __init__(self) -> None:
         self.requested = False
         self.on_request: Callable[[], None] | None = None
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested:
             for child in psutil.Process().children(recursive=True):
                 child.kill()
-            os._exit(EXIT_FAILED)
+            os._exit(EXIT_CODES["failed"])
         self.requested = True
         if self.on_request is None:
             raise StoppedError("stopped before training began; the same command starts it again")
         self.on_request()
 
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
 
 class Watch:
     """Looks after the loop. `due` is the step at which to look next, the same on every rank."""
 
-    save: Callable[[], None]
-    """Writes a checkpoint; set once all that it saves exists."""
-
-    def __init__(self, ctx: RunContext, clock: Clock, record: Record, hooks: Any, signals: Signals) -> None:
-        self.ctx, self.clock, self.record, self.hooks, self.signals = ctx, clock, record, hooks, signals
-        self._mllog = record.mllog
-        workload = ctx.workload
-        self.progress = Progress(ctx.rank == 0, workload.targets, workload.max_epochs, workload.train_samples)
+    def __init__(self, ctx: RunContext, record: Record, hooks: Any, signals: Signals, save: Callable[[], None]) -> None:
+        self.ctx, self.record, self.hooks, self.signals, self.save = ctx, record, hooks, signals, save
+        self.position, self.progress = Position(), Progress(ctx.rank == 0)
         self.due = 1
-        self.block_epoch = 0
-        """First epoch of the open block; 0 between blocks."""
-        self.train_seconds = 0.0
-        """Time spent in blocks, without evaluation."""
-        self._look_at = self._saved_at = time.perf_counter()
-        self._last = Position()
-        if ctx.world_size == 1:
-            signals.on_request = self._look_now
-        else:
-            signals.on_request = lambda: None  # at the next look, together with the other ranks
+        self._by_samples = ctx.workload.eval_cadence.unit == "samples"
+        self.next_eval = ctx.workload.eval_cadence.next_after(0)  # in the cadence's unit: samples, or finished epochs
+        self._targets = {target.metric: target.value for target in ctx.workload.targets}
+        self.quality: dict[str, float] = {}  # of the last evaluation, which came after step `evaluated_step`
+        self.evaluated_step = -1
+        self.block_epoch = 0  # the first epoch of the open block; 0 between blocks
+        self.train_seconds = 0.0  # spent in blocks, without evaluation
+        self.started_at = 0.0  # Unix time of the very first start
+        self._carried = 0.0  # seconds on the clock of the run that is continued
+        signals.on_request = self._hurry
 
-    def _look_now(self) -> None:
-        self.due = 0
+    def _hurry(self) -> None:
+        """A signal came. Several ranks look together, when they are due; one looks after the step that it is in."""
+        if self.ctx.world_size == 1:
+            self.due = 0
 
-    def begin(self, position: Position) -> None:
-        """Starts the clock; `position` is where training (re)starts."""
-        self.clock.start()
-        self._last = Position(**vars(position))
-        self._look_at = self._saved_at = time.perf_counter()
-        self._schedule(position.step, 1)
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "position": vars(self.position), "quality": self.quality, "evaluated_step": self.evaluated_step,
+            "next_eval": self.next_eval, "block_epoch": self.block_epoch, "logs": self.record.offsets(),
+            "clock_s": self.seconds(), "started_at": self.started_at, "train_s": self.train_seconds,
+        }  # fmt: skip
 
-    # -------------------------------------------------------------------------------------------------- blocks
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self.position).update(state["position"])
+        self.quality, self.evaluated_step = state["quality"], state["evaluated_step"]
+        self.next_eval = min(state["next_eval"], self.ctx.workload.eval_cadence.next_after(self._done))
+        self.train_seconds = state["train_s"]
+        self._carried, self.started_at = state["clock_s"], state["started_at"]
+        self.block_epoch = state["block_epoch"] if self.record.continued else 0
 
-    def open_block(self, position: Position) -> None:
+    def begin(self) -> None:
+        """Starts the clock, from where training (re)starts."""
+        self.started_at = self.started_at or time.time()
+        self._started = self._look_at = self._saved_at = time.perf_counter()
+        self._last = replace(self.position)
+        self._schedule(1)
+
+    def seconds(self) -> float:
+        """Time on the clock. A resumed run carries on; in between, the wall clock has gone on as well."""
+        return self._carried + time.perf_counter() - self._started
+
+    def open_block(self) -> None:
         """Starts a block unless one is open, as it is after a resume in its middle."""
         if self.block_epoch == 0:
-            self.block_epoch = position.epoch
-            cadence = self.ctx.workload.eval_cadence
-            count = cadence.next_after(position.epoch - 1) - position.epoch + 1 if cadence.unit == "epochs" else 1
-            self._mllog.start(constants.BLOCK_START, None, {"first_epoch_num": position.epoch, "epoch_count": count})
-            self.hooks.on_block(ctx=self.ctx, position=position, event="start")
+            self.block_epoch = self.position.epoch
+            count = 1 if self._by_samples else self.next_eval - self.position.epoch + 1
+            metadata = {"first_epoch_num": self.block_epoch, "epoch_count": count}
+            self.record.mllog.start(constants.BLOCK_START, None, metadata)
+            self.hooks.on_block(ctx=self.ctx, position=self.position, event="start")
             self._look_at = time.perf_counter()
 
-    def close_block(self, position: Position, losses: list[torch.Tensor]) -> None:
+    def close_block(self, losses: list[torch.Tensor]) -> None:
         """Ends the block once every loss and parameter in it is known to be finite."""
         if losses:
-            self._exchange(position, losses)
-        self._check_parameters(position)
-        self._mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
-        self.hooks.on_block(ctx=self.ctx, position=position, event="stop")
-        self._mllog.start(constants.EVAL_START, None, self._epoch_num(position))
+            self._exchange(losses)
+        self._check_parameters()
+        self.record.mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
+        self.hooks.on_block(ctx=self.ctx, position=self.position, event="stop")
+        self.record.mllog.start(constants.EVAL_START, None, {"epoch_num": self._done})
         self.block_epoch = 0
 
-    def evaluated(self, position: Position, quality: dict[str, float]) -> None:
-        targets = self.ctx.workload.targets
-        several = {target.log_name: quality[target.metric] for target in targets}
-        accuracy = several if len(targets) > 1 else quality[targets[0].metric]
-        self._mllog.event(constants.EVAL_ACCURACY, accuracy, self._epoch_num(position))
-        self._mllog.end(constants.EVAL_STOP, None, self._epoch_num(position))
-        seconds = self.clock.seconds()
+    @property
+    def _done(self) -> int:
+        """In the unit of the workload's cadence: samples, or finished epochs."""
+        return self.position.samples if self._by_samples else self.position.epoch - 1
+
+    def evaluation_is_due(self) -> bool:
+        return self._done >= self.next_eval
+
+    def evaluated(self, quality: dict[str, float]) -> None:
+        """Writes down an evaluation. DivergedError where it is not finite."""
+        position, workload, mllog, seconds = self.position, self.ctx.workload, self.record.mllog, self.seconds()
+        self.quality, self.evaluated_step = quality, position.step
+        self.next_eval = workload.eval_cadence.next_after(self._done)
+        several = {target.log_name: quality[target.metric] for target in workload.targets}
+        accuracy = several if len(workload.targets) > 1 else quality[workload.targets[0].metric]
+        mllog.event(constants.EVAL_ACCURACY, accuracy, {"epoch_num": self._done})
+        mllog.end(constants.EVAL_STOP, None, {"epoch_num": self._done})
         self.record.metrics(position, time_s=seconds, quality=quality)
-        self.progress.evaluated(position, seconds, quality)
+        self.progress.print(f"{seconds:8.1f} s  epoch {position.epochs_done:<3} {quality_text(quality, self._targets)}")
         self._look_at = time.perf_counter()
         if not all(map(math.isfinite, quality.values())):
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
+        self.hooks.on_eval(ctx=self.ctx, position=position, quality=quality)
 
-    def _epoch_num(self, position: Position) -> dict[str, int]:
-        """Metadata of an evaluation: epochs done, or samples where the cadence counts those (as BERT's does)."""
-        by_samples = self.ctx.workload.eval_cadence.unit == "samples"
-        return {"epoch_num": position.samples if by_samples else position.epochs_done}
-
-    # --------------------------------------------------------------------------------------------------- looks
-
-    def look(self, position: Position, losses: list[torch.Tensor]) -> str | None:
-        """After step `position.step`. Returns the status with which to end the run, if it is to end."""
-        stop_flag, save_flag, late_flag = self._exchange(position, losses)
-        stop, checkpoint = self.ctx.config.stop, self.ctx.config.checkpoint
-        out_of_steps = stop.steps is not None and position.step >= stop.steps
-        save_now = checkpoint.every_steps is not None and position.step % checkpoint.every_steps == 0
-        if stop_flag or save_flag or save_now:
-            self._check_parameters(position)
+    def look(self, losses: list[torch.Tensor]) -> str | None:
+        """After a step. Returns the status with which to end the run, if it is to end."""
+        stop_flag, save_flag, late_flag = self._exchange(losses)
+        step, stop, every = self.position.step, self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
+        if stop_flag or save_flag or (every is not None and step % every == 0):
+            self._check_parameters()
             self.save()
             self._saved_at = time.perf_counter()
         if stop_flag:
             return "stopped"
-        if out_of_steps or late_flag:
+        if late_flag or (stop is not None and step >= stop):
             return "throughput" if self.ctx.synthetic else "not_converged"
         return None
 
-    def _schedule(self, step: int, interval: int) -> None:
+    def _schedule(self, interval: int) -> None:
         """The next look: in about a second, or sooner where the run is to stop or to save."""
-        stop, every = self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
+        step, stop, every = self.position.step, self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
         dues = [step + interval]
         dues += [stop] if stop is not None and stop > step else []
         dues += [(step // every + 1) * every] if every else []
         self.due = min(dues)
 
-    def _exchange(self, position: Position, losses: list[torch.Tensor]) -> tuple[bool, bool, bool]:
+    def _exchange(self, losses: list[torch.Tensor]) -> tuple[bool, bool, bool]:
         """Checks and logs the losses since the last look. Returns (stop, save, out of time), agreed by all ranks."""
         local = torch.stack(losses).double().tolist()  # here the host waits for the device
         losses.clear()
-        now = time.perf_counter()
+        position, config, now, seconds = self.position, self.ctx.config, time.perf_counter(), self.seconds()
         elapsed, steps = max(now - self._look_at, 1e-9), max(position.step - self._last.step, 1)
-        stop, checkpoint = self.ctx.config.stop, self.ctx.config.checkpoint
         flags = [
             float(self.signals.requested),
-            float(checkpoint.every_seconds is not None and now - self._saved_at >= checkpoint.every_seconds),
-            float(stop.seconds is not None and self.clock.seconds() >= stop.seconds),
-            min(max(1.0, round(self.ctx.config.log_seconds * steps / elapsed)), _MAX_INTERVAL),
+            float(now - self._saved_at >= (config.checkpoint.every_seconds or math.inf)),
+            float(seconds >= (config.stop.seconds or math.inf)),
+            min(max(1.0, round(config.log_seconds * steps / elapsed)), _MAX_INTERVAL),
         ]
         table = self.ctx.backend.all_gather(flags + local)
         # Rank 0's clock decides; a signal counts whichever rank received it.
         _, save, late, interval = table[0][: len(flags)]
-        self._schedule(position.step, int(interval))
+        self._schedule(int(interval))
         # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
-        per_step = [
-            math.fsum(column) / len(table) for column in zip(*(row[len(flags) :] for row in table), strict=True)
-        ]
-        first = position.step - len(per_step) + 1
-        for offset, loss in enumerate(per_step):
-            if not math.isfinite(loss):
-                rank = next(r for r, row in enumerate(table) if not math.isfinite(row[len(flags) + offset]))
-                what = f"the loss of step {first + offset} is {table[rank][len(flags) + offset]} on rank {rank}"
-                remedy = "lower the learning rate, or look at the input of that step"
-                raise DivergedError(f"{what}: {remedy}", rank=rank, step=first + offset)
-        self.train_seconds += elapsed
-        speed = (position.samples - self._last.samples) / elapsed
+        by_step = list(zip(*(row[len(flags) :] for row in table), strict=True))
+        for step, row in enumerate(by_step, position.step - len(by_step) + 1):
+            for rank, loss in enumerate(row):
+                if not math.isfinite(loss):
+                    what = f"the loss of step {step} is {loss} on rank {rank}"
+                    remedy = "lower the learning rate, or look at the input of that step"
+                    raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
+        means = [math.fsum(row) / len(row) for row in by_step]
+        speed, workload = (position.samples - self._last.samples) / elapsed, self.ctx.workload
         values = {
-            "loss": math.fsum(per_step) / len(per_step),
+            "loss": math.fsum(means) / len(means),
             "learning_rate": float(self.ctx.optimizer.param_groups[0]["lr"]),
             "samples_per_s": speed,
         }
-        seconds = self.clock.seconds()
-        self.record.metrics(position, time_s=seconds, **values, losses=per_step)
-        self.progress.update(position, seconds, values)
+        self.record.metrics(position, time_s=seconds, **values, losses=means)
+        left = max(0, workload.max_epochs * workload.train_samples - position.samples) / speed if speed else 0.0
+        quality = quality_text(self.quality, self._targets) or "not evaluated yet"
+        self.progress.update(
+            f"{seconds:8.1f} s  epoch {position.epoch}/{workload.max_epochs}  step {position.step}  "
+            f"loss {values['loss']:.4f}  {speed:,.0f} samples/s  {quality}  at most {left:,.0f} s left"
+        )
         self.hooks.on_log(ctx=self.ctx, position=position, values=values)
-        self._last, self._look_at = Position(**vars(position)), now
+        self.train_seconds += elapsed
+        self._last, self._look_at = replace(position), now
         return any(row[0] for row in table), bool(save), bool(late)
 
-    def _check_parameters(self, position: Position) -> None:
+    def _check_parameters(self) -> None:
         """A gradient that is not finite shows in the parameters before it shows in a loss."""
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm(self.ctx.model.parameters(), norm_type=math.inf)
             finite = bool(torch.isfinite(gathered(norm)))
         ranks = [r for r, (ok,) in enumerate(self.ctx.backend.all_gather([float(finite)])) if not ok]
         if ranks:
-            raise DivergedError(
-                f"a parameter is not finite after step {position.step} on rank {ranks[0]}: the gradient overflowed; "
-                "lower the learning rate",
-                rank=ranks[0],
-                step=position.step,
-            )
+            what = f"a parameter is not finite after step {self.position.step} on rank {ranks[0]}"
+            remedy = "the gradient overflowed; lower the learning rate"
+            raise DivergedError(f"{what}: {remedy}", rank=ranks[0], step=self.position.step)

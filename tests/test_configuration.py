@@ -34,6 +34,7 @@ def refused(*arguments: str, tmp_path: Path, code: int = 2, **env: str) -> str:
         (("workload=tyo",), "did you mean 'toy'?"),
         (("workload=toy", "backend=glo"), "did you mean 'gloo'?"),
         (("workload=toy", "+opt=apm"), "did you mean 'amp'?"),
+        (("workload=toy", "experiment=resnet_fsat"), "did you mean 'resnet_fast'?"),
         (("workload=toy", "+opt=cuda_graph_nonsense"), "installed: activation_checkpointing, amp"),
     ],
 )
@@ -50,6 +51,10 @@ def test_a_misspelt_key_is_refused_also_when_it_is_added(override: str, tmp_path
     line = refused("workload=toy", override, tmp_path=tmp_path)
     assert "global_batchsize" in line
     assert "global_batch_size" in line
+
+
+def test_a_misspelt_key_that_is_added_elsewhere_is_answered_with_the_nearest_one(tmp_path: Path) -> None:
+    assert "did you mean 'steps'?" in refused("workload=toy", "+stop.stps=1", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,19 @@ def test_an_opt_that_no_workload_component_answers_to_is_refused(tmp_path: Path,
     site = fake_plugin("opt", "lean", OPT.format(more=', components=frozenset({"rnnt.loss"})'))
     outcome = run_cli("workload=toy", "+opt=lean", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(2)
     assert "rnnt.loss" in outcome.stderr
+
+
+def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake_plugin) -> None:
+    source = """
+    from core.types import WorkloadSpec
+
+    class P(Plugin):
+        spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
+        Config = Config
+    """
+    site = fake_plugin("workload", "wide", source)
+    line = refused("workload=wide", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert all(part in line for part in ("workload 'wide'", "multi_rank", "launch.nproc=2"))
 
 
 def test_a_plugin_that_fails_to_import_is_fatal_only_if_chosen(tmp_path: Path, fake_plugin) -> None:

@@ -65,6 +65,25 @@ def test_a_target_that_is_never_reached_gives_no_time(tmp_path: Path) -> None:
     assert "time to train" not in outcome.stdout + outcome.stderr
 
 
+def test_out_of_memory_names_the_batch_size(tmp_path: Path, fake_plugin) -> None:
+    source = """
+    class P(Plugin):
+        spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+        Config = Config
+
+        @hookimpl(wrapper=True)
+        def build_step(self, parts):
+            import torch
+
+            yield
+            raise torch.OutOfMemoryError("made up")
+    """
+    site = fake_plugin("opt", "greedy", source)
+    outcome = run_cli("workload=toy", "+opt=greedy", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(1)
+    assert outcome.result["error"]["kind"] == "out_of_memory"
+    assert "global batch size 64" in outcome.stderr
+
+
 def test_an_unexpected_error_is_one_line_with_the_traceback_in_a_file(tmp_path: Path) -> None:
     outcome = run_cli("workload=toy", run_dir=tmp_path / "run", fault="step@3=error").expect(1)
     assert "injected fault" in outcome.stderr
@@ -134,6 +153,48 @@ def test_a_killed_rank_is_named_and_no_process_is_left(tmp_path: Path) -> None:
     assert outcome.result["error"]["rank"] == 1
     mine = str(tmp_path / "run")
     assert [p for p in psutil.process_iter(["cmdline"]) if any(mine in a for a in p.info["cmdline"] or [])] == []
+
+
+OUTER = """
+import os
+
+class P(Plugin):
+    spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+    Config = Config
+
+    @hookimpl
+    def environment(self):
+        return {"TIMETRIAL_TEST_ENVY": "1"}
+
+    @hookimpl
+    def verify(self, ctx):
+        if os.environ.get("TIMETRIAL_TEST_ENVY") != "1" or ctx.rank == FAILING:
+            raise RuntimeError(f"rank {ctx.rank} is green")
+        return Evidence(plugin="envy", active=True, summary="every rank has the variable")
+"""
+
+
+def outer_launcher(site: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Two ranks under a torchrun of the user's own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "core.run"]
+    arguments = ["workload=toy", "backend=gloo", "+opt=envy", "stop.steps=3", f"run_dir={run_dir}"]
+    env = environment(PYTHONPATH=str(site))
+    return subprocess.run(
+        [*command, *arguments], env=env, cwd=run_dir.parent, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.distributed
+def test_under_an_outer_launcher_every_rank_has_the_environment_of_the_plugins(tmp_path: Path, fake_plugin) -> None:
+    done = outer_launcher(fake_plugin("opt", "envy", OUTER.replace("FAILING", "-1")), tmp_path / "run")
+    assert Outcome(4, "", "", tmp_path / "run").result["status"] == "not_converged", done.stderr
+
+
+@pytest.mark.distributed
+def test_under_an_outer_launcher_the_failure_of_another_rank_is_recorded(tmp_path: Path, fake_plugin) -> None:
+    done = outer_launcher(fake_plugin("opt", "envy", OUTER.replace("FAILING", "1")), tmp_path / "run")
+    assert done.returncode != 0
+    assert "rank 1 is green" in (tmp_path / "run" / "errors" / "rank1.json").read_text()
 
 
 @pytest.mark.parametrize("point", ["checkpoint.write", "checkpoint.commit"])
@@ -237,6 +298,47 @@ def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path: Path) 
     run_cli(*arguments, run_dir=tmp_path / "run", fault="step@20=kill")
     resumed = run_cli(*arguments, run_dir=tmp_path / "run").expect(0)
     whole = run_cli(*arguments, run_dir=tmp_path / "whole").expect(0)
+    assert keys(resumed) == keys(whole)
+
+
+BY_SAMPLES = """
+import os, signal
+from pathlib import Path
+import core.testing.toy
+from core.testing.toy.plugin import Toy, ToyConfig
+from core.types import EvalCadence
+from omegaconf import OmegaConf
+
+class P(Toy):
+    Config = Config
+
+    @hookimpl
+    def make_workload(self, ctx):
+        from core.testing.toy.workload import ToyWorkload
+
+        class Killed(ToyWorkload):
+            def evaluate(self, infer):
+                marker = Path(os.environ["TIMETRIAL_TEST_KILL"])
+                if marker.exists():
+                    marker.unlink()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().evaluate(infer)
+
+        values = OmegaConf.load(Path(core.testing.toy.__file__).parent / "conf" / "workload" / "toy.yaml")
+        workload = Killed(ctx, ToyConfig(**values))
+        workload.eval_cadence = EvalCadence(every=640, first=640, unit="samples")
+        return workload
+"""
+
+
+def test_killed_between_a_checkpoint_and_its_evaluation_the_evaluation_takes_place(tmp_path: Path, fake_plugin) -> None:
+    env = {"PYTHONPATH": str(fake_plugin("workload", "sampled", BY_SAMPLES))}
+    env["TIMETRIAL_TEST_KILL"] = str(tmp_path / "kill")
+    arguments = ("workload=sampled", "checkpoint.every_steps=10", "stop.steps=35")
+    whole = run_cli(*arguments, run_dir=tmp_path / "whole", **env).expect(4)
+    (tmp_path / "kill").touch()
+    assert run_cli(*arguments, run_dir=tmp_path / "run", **env).code == -signal.SIGKILL
+    resumed = run_cli(*arguments, run_dir=tmp_path / "run", **env).expect(4)
     assert keys(resumed) == keys(whole)
 
 

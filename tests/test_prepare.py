@@ -30,6 +30,7 @@ class P(Plugin):
     spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert")
     Config = Config
 
+    @hookimpl
     def prepare(self, preparation):
         files = sorted(preparation.source.iterdir())
         kill = os.environ.get("KILL", "")

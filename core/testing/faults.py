@@ -15,6 +15,7 @@ import signal
 from dataclasses import dataclass
 
 from core.errors import UsageError
+from core.types import Batch, Outputs, Position, Step
 
 VARIABLE = "TIMETRIAL_FAULT"
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
@@ -45,6 +46,28 @@ def armed() -> Fault | None:
         return None
     match = re.fullmatch(r"([a-z.]+)@(\d+)=(kill|term|int|stop|error|nan)(?::(\d+))?", text)
     if match is None:
-        raise UsageError(f"{VARIABLE}={text} is not POINT@STEP=ACTION[:RANK]; see core/faults.py")
+        raise UsageError(f"{VARIABLE}={text} is not POINT@STEP=ACTION[:RANK]; see core/testing/faults.py")
     point, step, action, rank = match.groups()
     return Fault(point, int(step), action, None if rank is None else int(rank))
+
+
+def strike(point: str, step: int, rank: int) -> None:
+    """Acts if a fault is armed for this point, step and rank."""
+    fault = armed()
+    if fault is not None:
+        fault.strike(point, step, rank)
+
+
+def in_step(step: Step, position: Position, rank: int) -> Step:
+    """The training step itself, unless a fault is armed for it."""
+    fault = armed()
+    if fault is None or fault.point != "step":
+        return step
+
+    def faulty(batch: Batch) -> Outputs:
+        outputs = step(batch)
+        if fault.strike("step", position.step + 1, rank):
+            outputs["loss"] = outputs["loss"] * float("nan")
+        return outputs
+
+    return faulty

@@ -83,18 +83,21 @@ class Nccl(Plugin):
     def verify(self, ctx: RunContext) -> Evidence:
         import torch
         from torch.cuda import nccl
+        from torch.distributed.fsdp import FSDPModule
         from torch.nn.parallel import DistributedDataParallel
 
         wrapped = [m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)]
         ddp, cap = bool(wrapped), wrapped[0].bucket_bytes_cap / 2**20 if wrapped else None  # as it is, not as asked for
         version = ".".join(map(str, nccl.version()))
         name = torch.cuda.get_device_name(ctx.device)
+        sharded = isinstance(ctx.distributed_model, FSDPModule)
+        exchange = "by DistributedDataParallel" if ddp else "by fully_shard" if sharded else ""
         ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size > 1)}"
         return Evidence(
             plugin="nccl",
-            active=ddp or ctx.world_size == 1,
+            active=bool(exchange) or ctx.world_size == 1,
             summary=f"NCCL {version}: {ranks} on {name} joined; "
-            f"gradients {'are averaged by DistributedDataParallel' if ddp else 'are not exchanged'}",
+            f"gradients are {f'averaged {exchange}' if exchange else 'not exchanged'}",
             figures={
                 "nccl_version": version,
                 "device_name": name,
