@@ -32,7 +32,7 @@ def other(make: MakeWorkload) -> Any:
     return make("bert_mlperf", *TINY, "init_checkpoint=null", seed=2).build_model().network
 
 
-def tf_arrays(network: Any) -> dict[str, np.ndarray]:
+def tf_arrays(network: Any) -> dict[str, Any]:
     """As the reference's TensorFlow checkpoint stores them."""
     arrays = {checkpoints.tf_name(name): p.detach().numpy() for name, p in network.named_parameters()}
     return {name: a.T if name.endswith("kernel") else a for name, a in arrays.items()}
@@ -47,7 +47,7 @@ def test_the_tensorflow_layout_is_mapped(network: Any, other: Any, tmp_path: Pat
     arrays = tf_arrays(other)
     kernel = arrays["bert/encoder/layer_1/intermediate/dense/kernel"]
     assert kernel.shape == (128, 512)  # [inputs, outputs]
-    extra = {"global_step": np.array(28252), "bert/pooler/dense/kernel/adam_m": np.zeros((128, 128))}
+    extra: Any = {"global_step": np.array(28252), "bert/pooler/dense/kernel/adam_m": np.zeros((128, 128))}
     np.savez(tmp_path / "phase1.npz", **arrays, **extra)
     checkpoints.load(network, str(tmp_path / "phase1.npz"))
     assert_same(network, other)

@@ -34,6 +34,7 @@ def test_lamb_is_the_written_out_formula(correction: bool, tensor_rate: bool) ->
         weight.grad, bias.grad = torch.randn(3, 4), torch.randn(3) / t
         norm = torch.cat([weight.grad.flatten(), bias.grad]).double().norm()
         for p, w in expected.items():
+            assert p.grad is not None
             g = p.grad.double() * min(1.0, limit / norm)
             m[p] = beta_1 * m[p] + (1 - beta_1) * g
             v[p] = beta_2 * v[p] + (1 - beta_2) * g**2

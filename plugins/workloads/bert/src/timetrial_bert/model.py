@@ -64,7 +64,8 @@ class PreTraining(nn.Module):
         """In training {"loss"}: the mean over the local examples of each one's share of the masked-LM loss plus its
         next-sentence loss, a scalar with gradient. In evaluation sums over the batch: "correct", "masked",
         "next_correct" and "examples" (int64), "mlm_loss_sum" (float32)."""
-        bert, heads = self.network.bert, self.network.cls
+        bert: Any = self.network.bert
+        heads = self.network.cls
         hidden_BPH, cls_BH = self.encode(bert, data)
         labels_N = data["masked_labels"].flatten()
         predictions = heads.predictions
@@ -105,7 +106,7 @@ def network_config(
         attention_probs_dropout_prob=dropout,
         max_position_embeddings=max_positions,
         initializer_range=init_std,
-        attn_implementation=attention,
+        attn_implementation=attention,  # pyright: ignore[reportCallIssue] (the parent class takes it)
     )
 
 
