@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import EXIT_NOT_CONVERGED
+from core.errors import EXIT_CODES
 from core.testing.cli import run_cli
 from core.testing.hosts import problem, start_ranks, two_hosts
 
@@ -57,7 +57,10 @@ def test_a_dead_peer_fails_the_backward_pass_of_the_others() -> None:
 
 
 @needs_hosts
-@pytest.mark.parametrize(("placement", "flat"), [("0011", 1.5), ("0101", 3.0), ("00001111", 1.75)])
+@pytest.mark.parametrize(
+    ("placement", "flat"),
+    [("0011", 1.5), ("0101", 3.0), pytest.param("00001111", 1.75, marks=pytest.mark.convergence)],  # eight processes
+)
 def test_gradients_cross_the_link_once_instead_of_as_a_flat_ring_sends_them(placement: str, flat: float) -> None:
     """Each way, in multiples of the gradients' bytes: a ring of N sends 2 (N-1)/N over each edge, and 0101 has two."""
     with two_hosts() as hosts:
@@ -71,7 +74,7 @@ def test_gradients_cross_the_link_once_instead_of_as_a_flat_ring_sends_them(plac
 def test_a_run_on_two_hosts_finds_its_nodes_from_the_launcher(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "core.run", "workload=toy", "backend=gloo", "+opt=sharp", "stop.steps=3"]
     with two_hosts() as hosts:
-        outputs(start_ranks(hosts, "0101", *command, f"run_dir={tmp_path / 'run'}"), code=EXIT_NOT_CONVERGED)
+        outputs(start_ranks(hosts, "0101", *command, f"run_dir={tmp_path / 'run'}"), code=EXIT_CODES["not_converged"])
     evidence = json.loads((tmp_path / "run" / "evidence.json").read_text())["end"]
     found = next(e for e in evidence if e["plugin"] == "sharp")
     assert found["active"], found
