@@ -119,7 +119,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_NH, weight_VH, bias_V, used_N, targets_N, log_sums_N = ctx.saved_tensors
         seen, low, wide = ctx.seen, ctx.low, ctx.wide
         with PeakMemory(seen is not None) as memory:

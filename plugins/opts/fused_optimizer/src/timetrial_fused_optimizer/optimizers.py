@@ -5,6 +5,9 @@ there, so that a step can be captured into a graph and the host never waits. Sta
 that they replace. Letters: w is a parameter, g its gradient, lists run over the parameters of a group.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor functions without naming them in its types)
+
 from __future__ import annotations
 
 from collections.abc import Callable

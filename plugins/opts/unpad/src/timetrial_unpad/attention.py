@@ -4,6 +4,9 @@ T tokens of all sequences, A heads of size D. `cu_seqlens` [sequences + 1] int32
 begins, and where the last one ends.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor functions without naming them in its types)
+
 from __future__ import annotations
 
 import itertools
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 from torch.nn import functional as F
 
 HALF = (torch.float16, torch.bfloat16)
@@ -25,13 +29,14 @@ def attention(
         if q_TAD.dtype in HALF and not dropout:
             from torch.nn.attention.varlen import varlen_attn
 
-            return varlen_attn(
-                q_TAD, k_TAD, v_TAD, cu_seqlens, cu_seqlens, longest, longest, scale=scale
-            ), "varlen_attn"
+            found = varlen_attn(q_TAD, k_TAD, v_TAD, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+            return found, "varlen_attn"  # pyright: ignore[reportReturnType]
         return nested(q_TAD, k_TAD, v_TAD, cu_seqlens, longest, dropout, scale), "nested scaled_dot_product_attention"
     if dropout:
-        return one_by_one(q_TAD, k_TAD, v_TAD, cu_seqlens, dropout, scale), "scaled_dot_product_attention by length"
-    return flash(q_TAD, k_TAD, v_TAD, cu_seqlens, scale), "flash attention by length"
+        found = one_by_one(q_TAD, k_TAD, v_TAD, cu_seqlens, dropout, scale)  # pyright: ignore[reportCallIssue]
+        return found, "scaled_dot_product_attention by length"
+    found = flash(q_TAD, k_TAD, v_TAD, cu_seqlens, scale)  # pyright: ignore[reportCallIssue]
+    return found, "flash attention by length"
 
 
 def nested(
@@ -39,10 +44,11 @@ def nested(
 ) -> Tensor:
     """For devices, where varlen_attn has no kernel for the dtype or no dropout."""
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(t, cu_seqlens, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        nested_tensor_from_jagged(t, cu_seqlens, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
         for t in (q_TAD, k_TAD, v_TAD)
     )
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).values()
+    result: Any = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return result.transpose(1, 2).values()
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_TAD, k_TAD, v_TAD, result_TAD, *log_sums = ctx.saved_tensors
         groups: list[Group] = ctx.groups
         parts = zip(*(split(t, groups) for t in (grad_TAD, q_TAD, k_TAD, v_TAD, result_TAD)), log_sums, strict=True)
