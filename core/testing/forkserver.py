@@ -1,19 +1,21 @@
 """A process that has imported torch and core once, and forks itself for each command: half a second instead of six.
 
 The child runs `core.run.main` with the command's arguments, environment and folder, as `python -m core.run` would; what
-it does not repeat is the import. Several children are the ranks of one run, as under an outer launcher. Tests whose
-subject is start-up itself use a fresh interpreter.
+it does not repeat is the import, also of libraries that an earlier command imported. Several children are the ranks of
+one run, as under an outer launcher. Tests whose subject is start-up itself use a fresh interpreter.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -47,6 +49,27 @@ def _serve() -> None:
         children = [_fork({**request, "env": {**request["env"], **env}}) for env in _ranks(request["ranks"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(codes[0], flush=True)
+        _import_like(os.path.join(request["folder"], "modules"))
+
+
+def _import_like(listing: str) -> None:
+    """Imports the libraries that the command had to; what does not import outside it stays out."""
+    if os.path.exists(listing):
+        with open(listing) as file:
+            names = [name for name in file.read().split() if name not in sys.modules]
+        for name in names:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def _libraries() -> list[str]:
+    """Modules from installed distributions, without plugins: a test may replace those."""
+    installed = sysconfig.get_paths()["purelib"]
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if (getattr(module, "__file__", None) or "").startswith(installed) and not name.startswith("timetrial")
+    ]
 
 
 def _ranks(count: int) -> list[dict[str, str]]:
@@ -86,6 +109,8 @@ def _become(request: dict[str, object]) -> None:
     try:
         code = main()
     finally:
+        with open(os.path.join(str(request["folder"]), "modules"), "w") as file:
+            file.write(" ".join(_libraries()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

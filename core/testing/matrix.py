@@ -57,10 +57,11 @@ def try_composition(
     specs = [spec_of(name) for name in opts]
     ranks = RANKS if any("multi_rank" in spec.requires for spec in specs) else 1
     more = [setting for name in opts for setting in settings.get(name, ())]
+    command = [*workload, "backend=gloo", f"launch.nproc={ranks}"]
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(ranks, *workload, "backend=gloo", f"opt=[{','.join(opts)}]", *more, run_dir=Path(folder, "run"))
+        run = run_ranks(*command, f"opt=[{','.join(opts)}]", *more, run_dir=Path(folder, "run"))
         if run.code in _ENDED:
-            return _judge(run, opts, specs, _baseline(tuple(workload), ranks), rtol)
+            return _judge(run, opts, specs, _baseline(*command), rtol)
     words = run.stderr.strip().splitlines()[-1].removeprefix("timetrial: ") if run.stderr.strip() else ""
     if run.code != 2:
         return Cell("broken", f"exit {run.code}: {words}")
@@ -74,9 +75,9 @@ def try_composition(
 
 
 @cache
-def _baseline(workload: tuple[str, ...], ranks: int) -> tuple[list[float], str]:
+def _baseline(*command: str) -> tuple[list[float], str]:
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(ranks, *workload, "backend=gloo", run_dir=Path(folder, "run"))
+        run = run_ranks(*command, run_dir=Path(folder, "run"))
         assert run.code in _ENDED, run.stderr
         return run.losses, run.result["parameters_sha256"]
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from core.config import validate
 from core.discovery import Installed, discover
 from core.errors import UsageError
-from core.testing.cli import Outcome, run_cli
+from core.testing.cli import Outcome, run_cli, run_ranks
 from core.types import BackendSpec, Kind, OptSpec
 
 OPT_CARD = (
@@ -46,7 +46,7 @@ def cached_run(*overrides: str, fault: str = "") -> Outcome:
     """One run for all the tests of a session that need the same one; its folder lives as long as the session."""
     folder = tempfile.mkdtemp(prefix="timetrial-conformance-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return run_cli(*overrides, run_dir=Path(folder) / "run", fault=fault)
+    return run_ranks(*overrides, run_dir=Path(folder) / "run", fault=fault)
 
 
 def assert_close(first: Outcome, second: Outcome, rtol: float, atol: float) -> None:
@@ -116,9 +116,9 @@ class _RunSuite(PluginSuite):
     def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(self, tmp_path: Path) -> None:
         middle = self.steps // 2
         arguments = (*self.arguments, f"stop.steps={self.steps}", f"checkpoint.every_steps={middle - 1}")
-        killed = run_cli(*arguments, run_dir=tmp_path / "run", fault=f"step@{middle}=kill")
+        killed = run_ranks(*arguments, run_dir=tmp_path / "run", fault=f"step@{middle}=kill")
         assert killed.code != 0
-        resumed = run_cli(*arguments, run_dir=tmp_path / "run").expect(4)
+        resumed = run_ranks(*arguments, run_dir=tmp_path / "run").expect(4)
         assert resumed.result["restarts"] == 1
         assert resumed.result["parameters_sha256"] == self.run().result["parameters_sha256"]
         assert resumed.losses == self.run().losses
@@ -143,8 +143,8 @@ class WorkloadSuite(_RunSuite):
 
     def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(self, tmp_path: Path) -> None:
         arguments = (*self.arguments, f"stop.steps={self.steps}")
-        again = run_cli(*arguments, run_dir=tmp_path / "again").expect(4)
-        other = run_cli(*arguments, "seed=2", run_dir=tmp_path / "other").expect(4)
+        again = run_ranks(*arguments, run_dir=tmp_path / "again").expect(4)
+        other = run_ranks(*arguments, "seed=2", run_dir=tmp_path / "other").expect(4)
         assert again.result["parameters_sha256"] == self.run().result["parameters_sha256"]
         assert other.result["parameters_sha256"] != self.run().result["parameters_sha256"]
 
