@@ -10,8 +10,11 @@ stderr, and ends in exit status 1.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from core.testing.matrix import Cell, installed_opts, pairs, try_composition
 
@@ -47,14 +50,16 @@ def together(cells: Sequence[Cell]) -> str:
 
 def main() -> int:
     workloads, opts = sys.argv[1:] or list(WORKLOADS), sorted(installed_opts())
-    cells: dict[tuple[str, ...], list[Cell]] = {}
-    broken = 0
-    for composition in [*((name,) for name in opts), *pairs(), *TRIPLES]:
-        cells[composition] = [try_composition(WORKLOADS[name], composition, SETTINGS) for name in workloads]
-        for workload, cell in zip(workloads, cells[composition], strict=True):
-            if cell.verdict == "broken":
-                broken += 1
-                print(f"{workload} {'+'.join(composition)}: {cell.words}", file=sys.stderr, flush=True)
+    compositions: list[tuple[str, ...]] = [*((name,) for name in opts), *pairs(), *TRIPLES]
+    jobs = [(WORKLOADS[name], composition, SETTINGS) for composition in compositions for name in workloads]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        found = list(pool.map(try_composition, *zip(*jobs, strict=True)))
+    cells = {c: found[i * len(workloads) : (i + 1) * len(workloads)] for i, c in enumerate(compositions)}
+    broken = [
+        (w, c, cell) for c in cells for w, cell in zip(workloads, cells[c], strict=True) if cell.verdict == "broken"
+    ]
+    for workload, composition, cell in broken:
+        print(f"{workload} {'+'.join(composition)}: {cell.words}", file=sys.stderr)
     print(f"| {', '.join(workloads)} | {' | '.join(str(n + 1) for n in range(len(opts)))} |")
     print(f"|{'---|' * (len(opts) + 1)}")
     for number, one in enumerate(opts):

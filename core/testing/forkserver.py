@@ -48,18 +48,13 @@ def _serve() -> None:
         request = json.loads(line)
         children = [_fork({**request, "env": {**request["env"], **env}}) for env in _ranks(request["ranks"])]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(codes[0], flush=True)
-        _import_like(os.path.join(request["folder"], "modules"))
-
-
-def _import_like(listing: str) -> None:
-    """Imports the libraries that the command had to; what does not import outside it stays out."""
-    if os.path.exists(listing):
-        with open(listing) as file:
-            names = [name for name in file.read().split() if name not in sys.modules]
-        for name in names:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        listing = Path(request["folder"], "modules")  # a killed command leaves none
+        libraries = listing.read_text().split() if listing.exists() else []
+        print(codes[0], flush=True)  # from here on the folder may be gone
+        for name in libraries:
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):  # what does not import outside a command stays out
+                    importlib.import_module(name)
 
 
 def _libraries() -> list[str]:
@@ -109,8 +104,7 @@ def _become(request: dict[str, object]) -> None:
     try:
         code = main()
     finally:
-        with open(os.path.join(str(request["folder"]), "modules"), "w") as file:
-            file.write(" ".join(_libraries()))
+        Path(str(request["folder"]), "modules").write_text(" ".join(_libraries()))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

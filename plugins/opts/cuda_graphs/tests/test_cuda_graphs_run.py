@@ -52,6 +52,7 @@ def test_a_run_with_graphs_ends_with_the_bits_of_the_eager_run(tmp_path: Path) -
     assert infer["replays"] > 0
 
 
+@pytest.mark.convergence
 def test_a_resumed_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path) -> None:
     arguments = (*TOY, "backend=single", "+opt=cuda_graphs", "checkpoint.every_steps=20")
     whole = run_on_tape(*arguments, "stop.steps=40", run_dir=tmp_path / "whole").expect(4)

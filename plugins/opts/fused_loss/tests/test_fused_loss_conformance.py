@@ -1,8 +1,11 @@
 """What every opt must show, with predictions enough for several chunks on each of two ranks."""
 
+import pytest
+
 from core.testing.suites import OptSuite
 
 
+@pytest.mark.convergence  # each of its runs reads and tokenises the articles
 class TestFusedLoss(OptSuite):
     name = "fused_loss"
     workload = (

@@ -59,7 +59,11 @@ def test_a_dead_peer_fails_the_backward_pass_of_the_others() -> None:
 @needs_hosts
 @pytest.mark.parametrize(
     ("placement", "flat"),
-    [("0011", 1.5), ("0101", 3.0), pytest.param("00001111", 1.75, marks=pytest.mark.convergence)],  # eight processes
+    [
+        ("0011", 1.5),
+        pytest.param("0101", 3.0, marks=pytest.mark.convergence),
+        pytest.param("00001111", 1.75, marks=pytest.mark.convergence),  # eight processes
+    ],
 )
 def test_gradients_cross_the_link_once_instead_of_as_a_flat_ring_sends_them(placement: str, flat: float) -> None:
     """Each way, in multiples of the gradients' bytes: a ring of N sends 2 (N-1)/N over each edge, and 0101 has two."""
@@ -71,6 +75,7 @@ def test_gradients_cross_the_link_once_instead_of_as_a_flat_ring_sends_them(plac
 
 
 @needs_hosts
+@pytest.mark.convergence
 def test_a_run_on_two_hosts_finds_its_nodes_from_the_launcher(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "core.run", "workload=toy", "backend=gloo", "+opt=sharp", "stop.steps=3"]
     with two_hosts() as hosts:

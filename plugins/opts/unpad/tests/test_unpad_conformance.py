@@ -1,8 +1,11 @@
 """What every opt must show, on real text of which about half is padding."""
 
+import pytest
+
 from core.testing.suites import OptSuite
 
 
+@pytest.mark.convergence  # each of its runs reads and tokenises the articles
 class TestUnpad(OptSuite):
     name = "unpad"
     workload = (

@@ -1,8 +1,11 @@
 """What every opt must show, on the smallest workload that has attention."""
 
+import pytest
+
 from core.testing.suites import OptSuite
 
 
+@pytest.mark.convergence  # each of its runs reads and tokenises the articles
 class TestZeroCopyConcat(OptSuite):
     name = "zero_copy_concat"
     workload = (

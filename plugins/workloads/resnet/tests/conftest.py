@@ -46,6 +46,7 @@ def make(tmp_path: Path) -> Iterator[MakeWorkload]:
         config: Any = SimpleNamespace(data=validate(DataConfig, OmegaConf.create(values), "data"))
         ctx = RunContext(config=config, run_dir=tmp_path, seed=seed)
         ctx.backend = OneOf(rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.feed = iter
         node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
         return ResNet(validate(ResNet.Config, node, "workload")).make_workload(ctx)
 
