@@ -14,7 +14,7 @@ from core.hookspecs import Hooks
 
 ROOT = Path(__file__).parent.parent
 MEMBERS = sorted(path.parent for path in ROOT.glob("plugins/*/*/pyproject.toml"))
-CORE_LINES = 2800
+CORE_LINES = 2500
 
 
 def tracked() -> list[str]:
@@ -29,7 +29,8 @@ def root_project() -> dict:
 
 
 def test_core_is_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("core/*.py")) < CORE_LINES
+    lines = [line for path in ROOT.glob("core/*.py") for line in path.read_text().splitlines()]
+    assert sum(bool(line.strip()) for line in lines) < CORE_LINES
 
 
 def test_the_top_level_holds_what_it_should() -> None:
