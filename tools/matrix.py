@@ -22,7 +22,7 @@ WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
     "bert": (
-        "workload=bert", "data=synthetic", "workload.synthetic_fill=0.6", "workload.global_batch_size=4",
+        "workload=bert", "data=synthetic", "workload.synthetic_fill=0.6", "workload.global_batch_size=8",
         "workload.sequence_length=16", "stop.steps=4",
     ),
 }  # fmt: skip
@@ -30,6 +30,7 @@ WORKLOADS = {
 SETTINGS = {
     "compile": ("opt.compile.backend=aot_eager",),
     "sharp": ("opt.sharp.ranks_per_node=2",),
+    "fused_loss": ("opt.fused_loss.positions=16",),
     "stream_overlap": ("opt.stream_overlap.profile_after=1",),
 }
 """What single opts need to run here, and fast."""
