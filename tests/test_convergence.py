@@ -10,7 +10,7 @@ import pytest
 
 from core.testing.cli import Outcome, run_fresh
 
-pytestmark = pytest.mark.convergence
+pytestmark = [pytest.mark.convergence, pytest.mark.timeout(900)]  # others may share the cores
 
 
 def race(tmp_path: Path, *arguments: str) -> Outcome:

@@ -22,7 +22,7 @@ WORKLOADS = {
     "toy": ("workload=toy", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
     "bert": (
-        "workload=bert", "data=synthetic", "workload.synthetic_fill=0.6", "workload.global_batch_size=8",
+        "workload=bert", "data=synthetic", "workload.synthetic_fill=0.4", "workload.global_batch_size=8",
         "workload.sequence_length=16", "stop.steps=4",
     ),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.testing.forkserver import ForkServer
 
-TIMEOUT_S = 240
+TIMEOUT_S = 800
 
 
 @dataclass(frozen=True)
