@@ -140,7 +140,8 @@ class _Rank:
             return hooks.component(ctx=ctx, name=name, default=default)
 
         ctx.component = component
-        ctx.feed = component("feed", lambda trees: (_moved(tree, ctx.device) for tree in trees))
+        on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
+        ctx.feed = component("feed", iter if on_host else lambda trees: (_moved(t, ctx.device) for t in trees))
         ctx.model = ctx.workload.build_model().to(ctx.device)
         prepared = hooks.prepare_model(ctx=ctx, model=ctx.model)
         ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
