@@ -45,7 +45,7 @@ def test_the_top_level_holds_what_it_should() -> None:
 def test_no_file_names_a_registry_or_a_machine() -> None:
     words = [
         "pypi" + ".org",
-        "pythonhosted" + ".org",
+        "python" + "hosted.org",
         "registry." + "npmjs",
         "/" + "work/",
         "/" + "root/",
