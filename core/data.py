@@ -65,7 +65,8 @@ class EpochSampler:
         for number in range(first_batch, self.batches):
             start = number * self.global_batch
             batch = order[start:] if number == last else order[start : start + self.global_batch]
-            mine = np.array_split(batch, self.world_size)[self.rank]
+            share = eval_share(len(batch), self.rank, self.world_size)
+            mine = batch[share.start : share.stop]
             weight = len(mine) * self.world_size / len(batch)
             yield Share(number, mine, len(batch), weight)
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from core.types import Batch, RunContext, Step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.watch import Watch
 
 
@@ -31,11 +29,11 @@ def train(
     """
     position, workload = watch.position, ctx.workload
     max_epochs = min(workload.max_epochs, ctx.config.stop.epochs or workload.max_epochs)
-    losses: list[Tensor] = []  # on the device: reading one would make the host wait for the step
+    losses = watch.losses  # on the device: reading one would make the host wait for the step
 
     def meets_target(evaluate: Callable[[], dict[str, float]]) -> bool:
         """Ends the block and evaluates."""
-        watch.close_block(losses)
+        watch.close_block()
         quality = evaluate()
         watch.evaluated(quality)
         return all(target.met(quality) for target in workload.targets)
@@ -51,12 +49,12 @@ def train(
                     group["lr"] = learning_rate
                 else:  # a tensor on the device, where a captured graph reads it
                     group["lr"].fill_(learning_rate)
-            losses.append(step(batch)["loss"])
+            losses[position.step - watch.looked] = step(batch)["loss"]
             position.batch += 1
             position.step += 1
             position.samples += batch.samples
             if position.step >= watch.due:  # about once a second, at a step that all ranks agree on
-                status = watch.look(losses)
+                status = watch.look()
                 if status:
                     return status
             if evaluate and watch.evaluation_is_due():  # here, where the cadence counts samples

@@ -8,6 +8,7 @@ Hydra composes the configuration, sweeps (`-m`) and completes on TAB; what is he
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Generator
@@ -47,6 +48,7 @@ flags:
 
 def main() -> int:
     """The entry point of `python -m core.run` and of the console script `timetrial`. Returns the exit status."""
+    gc.disable()  # until the clock starts: looking for garbage that is not there made importing torch 0.3 s slower
     return exit_status(_main)
 
 

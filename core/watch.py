@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -25,7 +24,7 @@ from core.report import Progress, quality_text
 from core.types import Position, RunContext
 
 _MAX_INTERVAL = 10_000
-"""Most steps between two looks, whatever their speed: losses are held as device scalars in between."""
+"""Most steps between two looks, whatever their speed: so many losses are kept on the device in between."""
 
 
 class Signals:
@@ -55,6 +54,9 @@ class Watch:
         self.ctx, self.record, self.hooks, self.signals, self.save = ctx, record, hooks, signals, save
         self.position, self.progress = Position(), Progress(ctx.rank == 0)
         self.due = 1
+        # The losses since the last look, which came after step `looked`. One buffer, since keeping each step's own scalar
+        # leaves holes in the heap: the next step's large tensors then lie in cold memory (50 us of a step of 1 ms).
+        self.losses, self.looked = torch.zeros(_MAX_INTERVAL, device=ctx.device), 0
         self._by_samples = ctx.workload.eval_cadence.unit == "samples"
         self.next_eval = ctx.workload.eval_cadence.next_after(0)  # in the cadence's unit: samples, or finished epochs
         self._targets = {target.metric: target.value for target in ctx.workload.targets}
@@ -90,7 +92,7 @@ class Watch:
         """Starts the clock, from where training (re)starts."""
         self.started_at = self.started_at or time.time()
         self._started = self._look_at = self._saved_at = time.perf_counter()
-        self._last = replace(self.position)
+        self.looked, self._samples = self.position.step, self.position.samples
         self._schedule(1)
 
     def seconds(self) -> float:
@@ -107,10 +109,10 @@ class Watch:
             self.hooks.on_block(ctx=self.ctx, position=self.position, event="start")
             self._look_at = time.perf_counter()
 
-    def close_block(self, losses: list[torch.Tensor]) -> None:
+    def close_block(self) -> None:
         """Ends the block once every loss and parameter in it is known to be finite."""
-        if losses:
-            self._exchange(losses)
+        if self.position.step > self.looked:
+            self._exchange()
         self._check_parameters()
         self.record.mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
         self.hooks.on_block(ctx=self.ctx, position=self.position, event="stop")
@@ -141,9 +143,9 @@ class Watch:
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
         self.hooks.on_eval(ctx=self.ctx, position=position, quality=quality)
 
-    def look(self, losses: list[torch.Tensor]) -> str | None:
+    def look(self) -> str | None:
         """After a step. Returns the status with which to end the run, if it is to end."""
-        stop_flag, save_flag, late_flag = self._exchange(losses)
+        stop_flag, save_flag, late_flag = self._exchange()
         step, stop, every = self.position.step, self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
         if stop_flag or save_flag or (every is not None and step % every == 0):
             self._check_parameters()
@@ -163,12 +165,12 @@ class Watch:
         dues += [(step // every + 1) * every] if every else []
         self.due = min(dues)
 
-    def _exchange(self, losses: list[torch.Tensor]) -> tuple[bool, bool, bool]:
+    def _exchange(self) -> tuple[bool, bool, bool]:
         """Checks and logs the losses since the last look. Returns (stop, save, out of time), agreed by all ranks."""
-        local = torch.stack(losses).double().tolist()  # here the host waits for the device
-        losses.clear()
+        steps = self.position.step - self.looked
+        local = self.losses[:steps].double().tolist()  # here the host waits for the device
         position, config, now, seconds = self.position, self.ctx.config, time.perf_counter(), self.seconds()
-        elapsed, steps = max(now - self._look_at, 1e-9), max(position.step - self._last.step, 1)
+        elapsed = max(now - self._look_at, 1e-9)
         flags = [
             float(self.signals.requested),
             float(now - self._saved_at >= (config.checkpoint.every_seconds or math.inf)),
@@ -188,7 +190,7 @@ class Watch:
                     remedy = "lower the learning rate, or look at the input of that step"
                     raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
         means = [math.fsum(row) / len(row) for row in by_step]
-        speed, workload = (position.samples - self._last.samples) / elapsed, self.ctx.workload
+        speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload
         values = {
             "loss": math.fsum(means) / len(means),
             "learning_rate": float(self.ctx.optimizer.param_groups[0]["lr"]),
@@ -203,7 +205,7 @@ class Watch:
         )
         self.hooks.on_log(ctx=self.ctx, position=position, values=values)
         self.train_seconds += elapsed
-        self._last, self._look_at = replace(position), now
+        self.looked, self._samples, self._look_at = position.step, position.samples, now
         return any(row[0] for row in table), bool(save), bool(late)
 
     def _check_parameters(self) -> None:

@@ -7,6 +7,7 @@ environment (already set) -> backend -> workload -> model -> distribute -> optim
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -170,6 +171,8 @@ class _Rank:
     def _race(self, race: Callable[[], str]) -> str:
         """Starts the clock, trains, stops the clock and writes the result."""
         ctx, record, watch, position = self.ctx, self.record, self.watch, self.position
+        gc.freeze()  # what has been built lives to the end: no collection in the loop need look through it
+        gc.enable()
         ctx.backend.all_gather([0.0])  # every rank is ready: the clock starts for all
         record.init_stop(ctx)
         watch.begin()
