@@ -54,8 +54,8 @@ class Watch:
         self.ctx, self.record, self.hooks, self.signals, self.save = ctx, record, hooks, signals, save
         self.position, self.progress = Position(), Progress(ctx.rank == 0)
         self.due = 1
-        # The losses since the last look, which came after step `looked`. One buffer, since keeping each step's own scalar
-        # leaves holes in the heap: the next step's large tensors then lie in cold memory (50 us of a step of 1 ms).
+        # The losses since the last look, which came after step `looked`. In one buffer, since keeping each step's own
+        # scalar leaves holes in the heap: the next step's large tensors then lie in cold memory (+50 us a step of 1 ms).
         self.losses, self.looked = torch.zeros(_MAX_INTERVAL, device=ctx.device), 0
         self._by_samples = ctx.workload.eval_cadence.unit == "samples"
         self.next_eval = ctx.workload.eval_cadence.next_after(0)  # in the cadence's unit: samples, or finished epochs
