@@ -89,7 +89,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def wrap_evaluate(self, ctx: RunContext, evaluate: Evaluate) -> Evaluate:
-        """[backend, opt, onion] The evaluation of the whole evaluation set."""
+        """[backend, opt, onion] The evaluation of the whole evaluation set: at once, or `Pending`."""
 
     @hookspec
     def on_block(self, ctx: RunContext, position: Position, event: Literal["start", "stop"]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from core.types import Batch, RunContext, Step
+from core.types import Batch, Pending, RunContext, Step
 
 if TYPE_CHECKING:
     from core.watch import Watch
@@ -20,7 +20,7 @@ def train(
     watch: Watch,
     step: Step,
     batches: Callable[[int, int], Iterable[Batch]],
-    evaluate: Callable[[], dict[str, float]] | None,
+    evaluate: Callable[[], dict[str, float] | Pending] | None,
 ) -> str:
     """Trains to the target. Returns the status: success, not_converged, stopped or throughput.
 
@@ -31,12 +31,12 @@ def train(
     max_epochs = min(workload.max_epochs, ctx.config.stop.epochs or workload.max_epochs)
     losses = watch.losses  # on the device: reading one would make the host wait for the step
 
-    def meets_target(evaluate: Callable[[], dict[str, float]]) -> bool:
-        """Ends the block and evaluates."""
+    def meets_target(evaluate: Callable[[], dict[str, float] | Pending]) -> bool:
+        """Ends the block and evaluates. While an evaluation goes on beside the training, each look asks for it."""
+        if watch.settle():
+            return True
         watch.close_block()
-        quality = evaluate()
-        watch.evaluated(quality)
-        return all(target.met(quality) for target in workload.targets)
+        return watch.judge(evaluate())
 
     if evaluate and watch.evaluation_is_due() and meets_target(evaluate):  # the run was killed just before it
         return "success"
@@ -66,4 +66,6 @@ def train(
         last = position.epoch > max_epochs and watch.evaluated_step != position.step
         if evaluate and (last or watch.evaluation_is_due()) and meets_target(evaluate):
             return "success"
+    if watch.settle():
+        return "success"
     return "not_converged" if evaluate else "throughput"

@@ -103,7 +103,17 @@ class Batch:
 Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]
 """Inference: `batch.data -> pytree of tensors`, on the device, without gradient."""
-Evaluate = Callable[[Forward], dict[str, float]]
+
+
+class Pending(Protocol):
+    """An evaluation that goes on beside the training."""
+
+    def result(self, wait: bool) -> dict[str, float] | None:
+        """The quality, or None while it is not known and the caller does not `wait`. Every rank asks after the same
+        step and is given the same answer."""
+
+
+Evaluate = Callable[[Forward], dict[str, float] | Pending]
 """The quality over the whole evaluation set, by metric."""
 Step = Callable[[Batch], Outputs]
 """One training step: device tensors out, no host synchronisation; "loss" is the mean loss times `Batch.weight`."""

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -21,7 +22,7 @@ from core.checkpoint import gathered
 from core.errors import EXIT_CODES, DivergedError, StoppedError
 from core.record import Record
 from core.report import Progress, quality_text
-from core.types import Position, RunContext
+from core.types import Pending, Position, RunContext
 
 _MAX_INTERVAL = 10_000
 """Most steps between two looks, whatever their speed: so many losses are kept on the device in between."""
@@ -55,13 +56,14 @@ class Watch:
         self.position, self.progress = Position(), Progress(ctx.rank == 0)
         self.due = 1
         # The losses since the last look, which came after step `looked`. In one buffer, since keeping each step's own
-        # scalar leaves holes in the heap: the next step's large tensors then lie in cold memory (+50 us a step of 1 ms).
+        # scalar leaves holes in the heap: the next step's large tensors then lie in cold memory (50 us of 1 ms).
         self.losses, self.looked = torch.zeros(_MAX_INTERVAL, device=ctx.device), 0
         self._by_samples = ctx.workload.eval_cadence.unit == "samples"
         self.next_eval = ctx.workload.eval_cadence.next_after(0)  # in the cadence's unit: samples, or finished epochs
         self._targets = {target.metric: target.value for target in ctx.workload.targets}
         self.quality: dict[str, float] = {}  # of the last evaluation, which came after step `evaluated_step`
         self.evaluated_step = -1
+        self._under_way: tuple[dict[str, float] | Pending, Position, int] | None = None  # with position and epoch
         self.block_epoch = 0  # the first epoch of the open block; 0 between blocks
         self.train_seconds = 0.0  # spent in blocks, without evaluation
         self.started_at = 0.0  # Unix time of the very first start
@@ -110,13 +112,16 @@ class Watch:
             self._look_at = time.perf_counter()
 
     def close_block(self) -> None:
-        """Ends the block once every loss and parameter in it is known to be finite."""
+        """Ends the block once every loss and parameter in it is known to be finite; an evaluation follows."""
         if self.position.step > self.looked:
             self._exchange()
         self._check_parameters()
+        self._end_block()
+        self.record.mllog.start(constants.EVAL_START, None, {"epoch_num": self._done})
+
+    def _end_block(self) -> None:
         self.record.mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
         self.hooks.on_block(ctx=self.ctx, position=self.position, event="stop")
-        self.record.mllog.start(constants.EVAL_START, None, {"epoch_num": self._done})
         self.block_epoch = 0
 
     @property
@@ -127,33 +132,53 @@ class Watch:
     def evaluation_is_due(self) -> bool:
         return self._done >= self.next_eval
 
-    def evaluated(self, quality: dict[str, float]) -> None:
-        """Writes down an evaluation. DivergedError where it is not finite."""
-        position, workload, mllog, seconds = self.position, self.ctx.workload, self.record.mllog, self.seconds()
-        self.quality, self.evaluated_step = quality, position.step
-        self.next_eval = workload.eval_cadence.next_after(self._done)
-        several = {target.log_name: quality[target.metric] for target in workload.targets}
-        accuracy = several if len(workload.targets) > 1 else quality[workload.targets[0].metric]
-        mllog.event(constants.EVAL_ACCURACY, accuracy, {"epoch_num": self._done})
-        mllog.end(constants.EVAL_STOP, None, {"epoch_num": self._done})
+    def judge(self, outcome: dict[str, float] | Pending) -> bool:
+        """Takes an evaluation of the model as it is now. Returns whether it is known to have met every target."""
+        self.evaluated_step, self.next_eval = self.position.step, self.ctx.workload.eval_cadence.next_after(self._done)
+        self._under_way = outcome, replace(self.position), self._done
+        return self.settle(wait=False)
+
+    def settle(self, wait: bool = True) -> bool:
+        """Writes down the evaluation under way, if there is one and its quality is known; `wait` makes sure of that.
+        Returns whether it met every target. DivergedError where the quality is not finite."""
+        if self._under_way is None:
+            return False
+        outcome, position, epoch = self._under_way
+        quality = outcome if isinstance(outcome, dict) else outcome.result(wait)
+        if quality is None:
+            return False
+        self._under_way, self.quality, targets = None, quality, self.ctx.workload.targets
+        mllog, seconds = self.record.mllog, self.seconds()
+        several = {target.log_name: quality[target.metric] for target in targets}
+        accuracy = several if len(targets) > 1 else quality[targets[0].metric]
+        mllog.event(constants.EVAL_ACCURACY, accuracy, {"epoch_num": epoch})
+        mllog.end(constants.EVAL_STOP, None, {"epoch_num": epoch})
         self.record.metrics(position, time_s=seconds, quality=quality)
         self.progress.print(f"{seconds:8.1f} s  epoch {position.epochs_done:<3} {quality_text(quality, self._targets)}")
         self._look_at = time.perf_counter()
         if not all(map(math.isfinite, quality.values())):
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
         self.hooks.on_eval(ctx=self.ctx, position=position, quality=quality)
+        met = all(target.met(quality) for target in targets)
+        if met and self.block_epoch:  # training went on meanwhile
+            self._end_block()
+        return met
 
     def look(self) -> str | None:
         """After a step. Returns the status with which to end the run, if it is to end."""
         stop_flag, save_flag, late_flag = self._exchange()
         step, stop, every = self.position.step, self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
-        if stop_flag or save_flag or (every is not None and step % every == 0):
+        save_flag = stop_flag or save_flag or (every is not None and step % every == 0)
+        late_flag = late_flag or (stop is not None and step >= stop)
+        if self.settle(wait=save_flag or late_flag):  # a checkpoint holds no half-done evaluation
+            return "success"
+        if save_flag:
             self._check_parameters()
             self.save()
             self._saved_at = time.perf_counter()
         if stop_flag:
             return "stopped"
-        if late_flag or (stop is not None and step >= stop):
+        if late_flag:
             return "throughput" if self.ctx.synthetic else "not_converged"
         return None
 
