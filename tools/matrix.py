@@ -1,11 +1,11 @@
-"""Prints what becomes of every pair of installed opts, as one Markdown table for the README.
+"""Prints what becomes of the installed opts, singly on every workload and in pairs, as two Markdown tables.
 
     uv run python tools/matrix.py [WORKLOAD ...]
 
-A cell has a sign for each workload, or one where they agree: how the numbers relate to the baseline's (`=` the same
-bits, `~` within tolerance, `Δ` changed, as declared), `x` for a conflict that the opts declare, `·` where the workload
-lacks what one of them replaces, `○` where this machine lacks what one requires. Anything else is a defect, named on
-stderr, and ends in exit status 1.
+A sign says how the numbers relate to the baseline's (`=` the same bits, `~` within tolerance, `Δ` changed, as
+declared). `x` is a conflict that the opts declare, `·` means that the workload lacks what an opt replaces, `○` that this
+machine lacks what one requires. Each pair is tried on the first workload that offers both, in an order that differs from
+pair to pair. Anything else is a defect, named on stderr, and ends in exit status 1.
 """
 
 from __future__ import annotations
@@ -43,34 +43,48 @@ def sign(cell: Cell) -> str:
     return SIGNS[cell.words] if cell.verdict == "trains" else REFUSALS[cell.verdict]
 
 
-def together(cells: Sequence[Cell]) -> str:
-    """What a composition came to on each workload, in as many signs as are needed."""
-    signs = [sign(cell) for cell in cells]
-    return signs[0] if len(set(signs)) == 1 else " ".join(signs)
+def try_pair(opts: Sequence[str], workloads: Sequence[str]) -> tuple[str, Cell]:
+    """What becomes of several opts together, and on which workload: all are alike to them but for what it offers."""
+    start = sum(map(ord, "".join(opts))) % len(workloads)
+    for workload in (*workloads[start:], *workloads[:start]):
+        cell = try_composition(WORKLOADS[workload], opts, SETTINGS)
+        if cell.verdict != "not offered":
+            return workload, cell
+    return "none", cell
 
 
 def main() -> int:
     workloads, opts = sys.argv[1:] or list(WORKLOADS), sorted(installed_opts())
-    compositions: list[tuple[str, ...]] = [*((name,) for name in opts), *pairs(), *TRIPLES]
-    jobs = [(WORKLOADS[name], composition, SETTINGS) for composition in compositions for name in workloads]
+    compositions = [*pairs(), *TRIPLES]
+    singles = [(name, workload) for name in opts for workload in workloads]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        found = list(pool.map(try_composition, *zip(*jobs, strict=True)))
-    cells = {c: found[i * len(workloads) : (i + 1) * len(workloads)] for i, c in enumerate(compositions)}
-    broken = [
-        (w, c, cell) for c in cells for w, cell in zip(workloads, cells[c], strict=True) if cell.verdict == "broken"
+        alone = pool.map(
+            try_composition, *zip(*((WORKLOADS[w], (name,), SETTINGS) for name, w in singles), strict=True)
+        )
+        together = pool.map(try_pair, compositions, [workloads] * len(compositions))
+        found = {(name, w): (w, cell) for (name, w), cell in zip(singles, alone, strict=True)}
+        found |= dict(zip(compositions, together, strict=True))
+    broken = {key: (w, cell) for key, (w, cell) in found.items() if cell.verdict == "broken"}
+    for composition, (workload, cell) in broken.items():
+        print(f"{workload}, {' '.join(composition)}: {cell.words}", file=sys.stderr)
+    print_table(["alone", *workloads], [[name, *(sign(found[name, w][1]) for w in workloads)] for name in opts])
+    numbered = [f"{number} {name}" for number, name in enumerate(opts, 1)]
+    rows = [
+        [title, *("" if one == two else sign(found[min(one, two), max(one, two)][1]) for two in opts)]
+        for title, one in zip(numbered, opts, strict=True)
     ]
-    for workload, composition, cell in broken:
-        print(f"{workload} {'+'.join(composition)}: {cell.words}", file=sys.stderr)
-    print(f"| {', '.join(workloads)} | {' | '.join(str(n + 1) for n in range(len(opts)))} |")
-    print(f"|{'---|' * (len(opts) + 1)}")
-    for number, one in enumerate(opts):
-        row = [together(cells[tuple(sorted({one, other}))]) for other in opts]
-        print(f"| {number + 1} {one} | {' | '.join(row)} |")
+    print_table(["together", *(str(number + 1) for number in range(len(opts)))], rows)
     for triple in TRIPLES:
-        print(f"\n{' + '.join(triple)}: {together(cells[triple])}")
-    words = [cell.words for found in cells.values() for cell in found if cell.verdict == "conflict"]
+        print(f"\n{' + '.join(triple)}: {sign(found[triple][1])}")
+    words = [cell.words for _, cell in found.values() if cell.verdict == "conflict"]
     print("\nConflicts:\n", *(f"- {text}" for text in dict.fromkeys(words)), sep="\n")
     return 1 if broken else 0
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
 
 
 if __name__ == "__main__":
