@@ -75,15 +75,12 @@ def run_cli(*overrides: str, run_dir: Path, fault: str = "", cwd: Path | None = 
 
 
 def run_raw(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "", **env: str) -> Outcome:
-    """`python -m core.run ARGUMENTS`, as typed; in a fresh interpreter where `env` changes what it would import."""
-    whole = environment(fault, **env)
-    if not env:
-        return Outcome(*_server.run(list(arguments), cwd, whole), run_dir)
-    return run_fresh(*arguments, cwd=cwd, run_dir=run_dir, fault=fault, **env)
+    """`python -m core.run ARGUMENTS`, as typed."""
+    return Outcome(*_server.run(list(arguments), cwd, environment(fault, **env)), run_dir)
 
 
 def run_fresh(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "", **env: str) -> Outcome:
-    """As `run_raw`, always in a fresh interpreter."""
+    """As `run_raw`, in a fresh interpreter."""
     process = subprocess.run(
         [sys.executable, "-m", "core.run", *arguments],
         capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, env=environment(fault, **env),

@@ -94,6 +94,7 @@ def _become(request: dict[str, object]) -> None:
     os.chdir(str(request["cwd"]))
     os.environ.clear()
     os.environ.update(request["env"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # plugins made up for a test
     for name, number in (("stdout", 1), ("stderr", 2)):
         descriptor = os.open(os.path.join(str(request["folder"]), name), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
