@@ -76,8 +76,9 @@ class Hooks:
     @hookspec(firstresult=True)
     def component(self, ctx: RunContext, name: str, default: Any) -> Any:
         """[opt, onion] A seam that is offered by name while the run is built. Core offers "loss" and "infer", each a
-        function of `(model, data)`, and "feed" (`RunContext.feed`); a backend offers "ddp", keyword arguments of
-        DistributedDataParallel; a workload offers its own through `ctx.component`, such as "rnnt.loss"."""
+        function of `(model, data)`, "feed" (`RunContext.feed`) and "evaluate" (the workload's `Evaluate`); a backend
+        offers "ddp", keyword arguments of DistributedDataParallel; a workload offers its own through `ctx.component`,
+        such as "rnnt.loss"."""
 
     @hookspec(firstresult=True)
     def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from core.types import Batch, Pending, RunContext, Step
+from core.types import Batch, Quality, RunContext, Step
 
 if TYPE_CHECKING:
     from core.watch import Watch
@@ -20,7 +20,7 @@ def train(
     watch: Watch,
     step: Step,
     batches: Callable[[int, int], Iterable[Batch]],
-    evaluate: Callable[[], dict[str, float] | Pending] | None,
+    evaluate: Callable[[], Quality] | None,
 ) -> str:
     """Trains to the target. Returns the status: success, not_converged, stopped or throughput.
 
@@ -31,7 +31,7 @@ def train(
     max_epochs = min(workload.max_epochs, ctx.config.stop.epochs or workload.max_epochs)
     losses = watch.losses  # on the device: reading one would make the host wait for the step
 
-    def meets_target(evaluate: Callable[[], dict[str, float] | Pending]) -> bool:
+    def meets_target(evaluate: Callable[[], Quality]) -> bool:
         """Ends the block and evaluates. While an evaluation goes on beside the training, each look asks for it."""
         if watch.settle():
             return True

@@ -113,8 +113,9 @@ class Pending(Protocol):
         step and is given the same answer."""
 
 
-Evaluate = Callable[[Forward], dict[str, float] | Pending]
-"""The quality over the whole evaluation set, by metric."""
+Quality = dict[str, float] | Pending
+"""What an evaluation of the whole evaluation set gives: its value by metric, at once or later."""
+Evaluate = Callable[[Forward], Quality]
 Step = Callable[[Batch], Outputs]
 """One training step: device tensors out, no host synchronisation; "loss" is the mean loss times `Batch.weight`."""
 

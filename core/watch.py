@@ -22,7 +22,7 @@ from core.checkpoint import gathered
 from core.errors import EXIT_CODES, DivergedError, StoppedError
 from core.record import Record
 from core.report import Progress, quality_text
-from core.types import Pending, Position, RunContext
+from core.types import Position, Quality, RunContext
 
 _MAX_INTERVAL = 10_000
 """Most steps between two looks, whatever their speed: so many losses are kept on the device in between."""
@@ -63,7 +63,7 @@ class Watch:
         self._targets = {target.metric: target.value for target in ctx.workload.targets}
         self.quality: dict[str, float] = {}  # of the last evaluation, which came after step `evaluated_step`
         self.evaluated_step = -1
-        self._under_way: tuple[dict[str, float] | Pending, Position, int] | None = None  # with position and epoch
+        self._under_way: tuple[Quality, Position, int] | None = None  # with position and epoch
         self.block_epoch = 0  # the first epoch of the open block; 0 between blocks
         self.train_seconds = 0.0  # spent in blocks, without evaluation
         self.started_at = 0.0  # Unix time of the very first start
@@ -132,7 +132,7 @@ class Watch:
     def evaluation_is_due(self) -> bool:
         return self._done >= self.next_eval
 
-    def judge(self, outcome: dict[str, float] | Pending) -> bool:
+    def judge(self, outcome: Quality) -> bool:
         """Takes an evaluation of the model as it is now. Returns whether it is known to have met every target."""
         self.evaluated_step, self.next_eval = self.position.step, self.ctx.workload.eval_cadence.next_after(self._done)
         self._under_way = outcome, replace(self.position), self._done

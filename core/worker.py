@@ -31,7 +31,19 @@ from core.record import Record, update_result, write_json
 from core.resolve import Attempt, RunPlan, plugin_manager
 from core.system import describe_system
 from core.testing import faults
-from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, Position, RunContext, Step, StepParts
+from core.types import (
+    Batch,
+    Evidence,
+    Forward,
+    OptSpec,
+    Outputs,
+    Plugin,
+    Position,
+    Quality,
+    RunContext,
+    Step,
+    StepParts,
+)
 from core.watch import Signals, Watch
 
 
@@ -131,27 +143,14 @@ class _Rank:
         # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
-        ctx.workload = hooks.make_workload(ctx=ctx)
-        if not ctx.synthetic:
-            ctx.workload.check_data()
-        offered: set[str] = set()
-
-        def component(name: str, default: Any) -> Any:
-            offered.add(name)
-            return hooks.component(ctx=ctx, name=name, default=default)
-
-        ctx.component = component
-        on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
-        ctx.feed = component("feed", iter if on_host else lambda trees: (_moved(t, ctx.device) for t in trees))
-        ctx.model = ctx.workload.build_model().to(ctx.device)
-        prepared = hooks.prepare_model(ctx=ctx, model=ctx.model)
+        prepared, offered = _build_model(ctx, hooks)
         ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
         exchange = hooks.communication_hook(ctx=ctx, model=ctx.distributed_model)
         if exchange is not None:
             ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
         ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
-        forward_backward, step, infer = _build_steps(ctx, hooks, prepared)
-        evaluate = hooks.wrap_evaluate(ctx=ctx, evaluate=ctx.workload.evaluate)
+        forward_backward, step = _build_step(ctx, hooks)
+        infer, evaluate = _build_evaluation(ctx, hooks, prepared)
         _refuse_unused(self.plan, offered)
         if ctx.config.warmup_steps:
             _warm_up(ctx, hooks, forward_backward, infer)
@@ -165,7 +164,7 @@ class _Rank:
 
         return functools.partial(
             train, ctx, self.watch, faults.in_step(step, self.position, ctx.rank), batches,
-            None if ctx.synthetic else lambda: _without_gradient(ctx, evaluate, infer),
+            None if ctx.synthetic else evaluate,
         )  # fmt: skip
 
     def _race(self, race: Callable[[], str]) -> str:
@@ -251,11 +250,27 @@ def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
             raise PluginError(f"{what}, which workload '{plan.workload}' does not offer: leave it out")
 
 
-def _build_steps(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> tuple[Step, Step, Forward]:
-    """The first half of a training step, the whole step and the inference function, as the opts made them."""
-    model, optimizer = ctx.distributed_model, ctx.optimizer
-    loss_function = ctx.component("loss", ctx.workload.loss)
-    infer_function = ctx.component("infer", ctx.workload.infer)
+def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]]:
+    """The workload and its model, as `prepare_model` leaves it; and the names of components offered, as they come."""
+    ctx.workload = hooks.make_workload(ctx=ctx)
+    if not ctx.synthetic:
+        ctx.workload.check_data()
+    offered: set[str] = set()
+
+    def component(name: str, default: Any) -> Any:
+        offered.add(name)
+        return hooks.component(ctx=ctx, name=name, default=default)
+
+    ctx.component = component
+    on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
+    ctx.feed = component("feed", iter if on_host else lambda trees: (_moved(t, ctx.device) for t in trees))
+    ctx.model = ctx.workload.build_model().to(ctx.device)
+    return hooks.prepare_model(ctx=ctx, model=ctx.model), offered
+
+
+def _build_step(ctx: RunContext, hooks: Any) -> tuple[Step, Step]:
+    """The first half of a training step and the whole step, as the opts made them."""
+    model, optimizer, loss_function = ctx.distributed_model, ctx.optimizer, ctx.component("loss", ctx.workload.loss)
 
     def forward_backward(batch: Batch) -> Outputs:
         outputs = loss_function(model, batch.data)
@@ -274,11 +289,28 @@ def _build_steps(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> tupl
         parts.update()
         return outputs
 
+    return parts.forward_backward, hooks.wrap_step(ctx=ctx, step=step, purpose="train")
+
+
+def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> tuple[Forward, Callable[[], Quality]]:
+    """The inference function and the evaluation, as the opts made them."""
+    infer_function = ctx.component("infer", ctx.workload.infer)
+
     def infer(data: Any) -> Any:
         return infer_function(prepared, data)
 
-    train_step = hooks.wrap_step(ctx=ctx, step=step, purpose="train")
-    return parts.forward_backward, train_step, hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
+    wrapped_infer = hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
+    innermost = ctx.component("evaluate", ctx.workload.evaluate)
+    wrapped_evaluate = hooks.wrap_evaluate(ctx=ctx, evaluate=innermost)
+    return wrapped_infer, lambda: _without_gradient(ctx, wrapped_evaluate, wrapped_infer)
+
+
+def evaluator(plan: RunPlan, ctx: RunContext) -> Callable[[], Quality]:
+    """The evaluation alone, for a process that does nothing else. Fills in `ctx`, whose backend is given, as a rank
+    does but for distribution and optimizer; what it evaluates are `ctx.model` and `ctx.workload`."""
+    hooks = plugin_manager(plan.plugins, plan.config, [Baseline()]).hook
+    prepared, _ = _build_model(ctx, hooks)
+    return _build_evaluation(ctx, hooks, prepared)[1]
 
 
 def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward) -> None:

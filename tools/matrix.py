@@ -4,8 +4,8 @@
 
 A sign says how the numbers relate to the baseline's (`=` the same bits, `~` within tolerance, `Δ` changed, as
 declared). `x` is a conflict that the opts declare, `·` means that the workload lacks what an opt replaces, `○` that
-this machine lacks what one requires. Each pair is tried on the first workload that offers both, in an order that differs
-from pair to pair. Anything else is a defect, named on stderr, and ends in exit status 1.
+this machine lacks what one requires. Each pair is tried on the first workload that offers both, in an order that
+differs from pair to pair. Anything else is a defect, named on stderr, and ends in exit status 1.
 """
 
 from __future__ import annotations

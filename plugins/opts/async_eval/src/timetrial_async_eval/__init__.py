@@ -1,0 +1,1 @@
+"""The opt `async_eval`; see README.md."""
