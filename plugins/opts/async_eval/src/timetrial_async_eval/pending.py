@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import multiprocessing
 import time
@@ -51,7 +52,8 @@ class Evaluations:
         if self._ctx.rank == 0:
             buffer = io.BytesIO()
             torch.save(states, buffer)
-            self._pipe.send_bytes(buffer.getbuffer())
+            with contextlib.suppress(OSError):  # an evaluator that is gone is noticed when it is asked
+                self._pipe.send_bytes(buffer.getbuffer())
         self._begun_at = time.perf_counter()
         self.snapshot_s += self._begun_at - started
         return self
@@ -75,5 +77,5 @@ class Evaluations:
         """The evaluator's next word: a quality or a problem, and the seconds that it took."""
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return {}, "it ended without a word, perhaps for want of memory", 0.0
