@@ -1,0 +1,1 @@
+"""The workload `maskrcnn`; see README.md."""
