@@ -58,9 +58,13 @@ class EpochSampler:
         full, rest = divmod(self.examples, self.global_batch)
         return full + (rest >= self.min_per_rank * self.world_size)
 
+    def order(self, seed: int) -> NDArray[np.int64]:
+        """All examples as one epoch reads them. A subclass may group them, such as images by their shape."""
+        return np.random.default_rng(seed).permutation(self.examples)
+
     def epoch(self, seed: int, first_batch: int = 0) -> Iterator[Share]:
         """This rank's shares of an epoch's batches, from `first_batch` on; `seed` must differ from epoch to epoch."""
-        order = np.random.default_rng(seed).permutation(self.examples)
+        order = self.order(seed)
         last = self.batches - 1
         for number in range(first_batch, self.batches):
             start = number * self.global_batch

