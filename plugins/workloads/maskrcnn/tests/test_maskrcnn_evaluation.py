@@ -16,8 +16,8 @@ from timetrial_maskrcnn import evaluation
 from timetrial_maskrcnn.scenes import SIDE, Scenes
 
 SHORT = (
-    "workload=maskrcnn", "workload.train_scenes=160", "workload.eval_scenes=21", "workload.eval_batch_size=8", "workload.eval_first_epoch=1",
-    "stop.epochs=1", "workload.warmup_steps=5", "workload.least_score=0.0001",
+    "workload=maskrcnn", "workload.train_scenes=160", "workload.eval_scenes=21", "workload.eval_batch_size=8",
+    "workload.eval_first_epoch=1", "stop.epochs=1", "workload.warmup_steps=5", "workload.least_score=0.0001",
 )  # fmt: skip
 
 

@@ -135,8 +135,8 @@ def _rasterise(shape: Any, scale: tuple[float, float], height: int, width: int) 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSampler(EpochSampler):
-    """Batches of images that are all wide or all high, so that little of a batch is padding; what remains of both groups
-    at an epoch's end comes together. Every image comes once an epoch."""
+    """Batches of images that are all wide or all high, so that little of a batch is padding; what remains of both
+    groups at an epoch's end comes together. Every image comes once an epoch."""
 
     wide: NDArray[np.bool_]
 

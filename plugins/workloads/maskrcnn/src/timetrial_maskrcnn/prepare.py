@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,8 @@ def _check_images(preparation: Preparation, split: str, images: Sequence[dict[st
             else:
                 sums[image["id"]] = digest
     for name, _ in jobs:  # what they found is in the notes
-        (preparation.out / name).unlink(missing_ok=True)
         del preparation.files[name]
-    (preparation.out / "checked").rmdir()
+    shutil.rmtree(preparation.out / "checked", ignore_errors=True)
     return sums
 
 

@@ -105,7 +105,7 @@ class MaskRCNNWorkload:
         return collate(examples, part.objects, 1 if part.objects else self.config.size_multiple)
 
     def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Every `world_size`-th batch. Ranks share out whole batches, since a kernel's last bits depend on the batch."""
+        """Every `world_size`-th batch. Ranks share out whole ones, since a kernel's last bits depend on the batch."""
         size, ctx = self.config.eval_batch_size, self.ctx
         starts = range(ctx.rank * size, self.eval_samples, ctx.world_size * size)
         groups = ((None, range(start, min(start + size, self.eval_samples))) for start in starts)

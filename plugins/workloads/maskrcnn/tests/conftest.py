@@ -1,0 +1,95 @@
+"""A small COCO folder, and the command that prepares one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.testing.cli import environment
+
+REPO = Path(__file__).parents[4]
+SMALL = (
+    "workload=maskrcnn_mlperf", "workload.pretrained=random", "workload.backbone=small", "workload.width=8",
+    "workload.fpn_channels=16", "workload.box_head_width=16", "workload.mask_head_layers=[16]",
+    "workload.anchor_sizes=[16,32,64,96,128]", "workload.min_size=64", "workload.max_size=128",
+    "workload.global_batch_size=4", "workload.region_budget=16", "workload.proposals_before_nms=50",
+    "workload.proposals_train=50", "workload.proposals_eval=30", "workload.warmup_steps=5",
+    "workload.least_score=0.001",
+)  # fmt: skip
+"""The closed workload, small enough for seconds."""
+
+
+class Source:
+    """A COCO folder under construction: `images` and `annotations` may be changed before `write`."""
+
+    def __init__(self, folder: Path, count: int = 8) -> None:
+        self.folder = folder
+        self.splits: dict[str, dict[str, Any]] = {}
+        generator = np.random.default_rng(5)
+        for split in ("train2017", "val2017"):
+            (folder / split).mkdir(parents=True)
+            images, annotations = [], []
+            for number in range(1, count + 1):
+                width, height = (100, 80) if number % 2 else (80, 100)
+                name = f"{number:012}.jpg"
+                Image.fromarray(generator.integers(0, 255, (height, width, 3), np.uint8)).save(folder / split / name)
+                images.append({"id": number, "file_name": name, "width": width, "height": height})
+                annotations.append(self.object(number, number))
+            categories = [{"id": 3, "name": "car"}, {"id": 17, "name": "cat"}]
+            self.splits[split] = {"images": images, "annotations": annotations, "categories": categories}
+
+    @staticmethod
+    def object(number: int, image: int, box: tuple[float, ...] = (10, 20, 30, 40), **more: Any) -> dict[str, Any]:
+        x, y, w, h = box
+        polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+        base = {"id": number, "image_id": image, "category_id": 3 if number % 2 else 17, "iscrowd": 0, "area": w * h}
+        return {**base, "bbox": list(box), "segmentation": [polygon], **more}
+
+    @property
+    def train(self) -> dict[str, Any]:
+        return self.splits["train2017"]
+
+    def write(self) -> Path:
+        (self.folder / "annotations").mkdir(exist_ok=True)
+        for split, content in self.splits.items():
+            (self.folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        return self.folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return Source(tmp_path / "coco")
+
+
+@pytest.fixture
+def small() -> tuple[str, ...]:
+    return SMALL
+
+
+@pytest.fixture
+def realdata() -> Path:
+    folder = Path(os.environ.get("TIMETRIAL_REALDATA", REPO.parent / "shared" / "data")) / "coco"
+    if not folder.is_dir():
+        pytest.skip(f"no photographs at {folder}: set TIMETRIAL_REALDATA")
+    return folder
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`prepare(source, *overrides)` runs `core.prepare` into tmp_path / "out"."""
+
+    def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "core.prepare", "workload=maskrcnn_mlperf", f"source={folder}"]
+        more = [f"out={tmp_path / 'out'}", "data.workers=0", *overrides]
+        return subprocess.run([*command, *more], capture_output=True, text=True, env=environment())
+
+    return run
