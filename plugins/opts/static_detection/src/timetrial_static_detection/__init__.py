@@ -1,0 +1,1 @@
+"""The opt `static_detection`; see README.md."""

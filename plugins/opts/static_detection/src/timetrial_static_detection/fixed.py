@@ -1,0 +1,145 @@
+"""Region proposals, pooling and final detections with fixed shapes: masks instead of selections, no host in between.
+
+Signatures are those of the components that the workload offers. Letters: B images, A anchors, n candidates, P proposals,
+R regions, K classes (0 is the background), D detections. Boxes are (x1, y1, x2, y2) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+MIN_SIDE = 1e-3
+"""Pixels. Narrower boxes are dropped, as the baseline does."""
+LEVEL_EPSILON = 1e-6
+"""Of torchvision's choice of a pyramid level."""
+
+
+class Fixed:
+    """The components, and counts on the device of what their limits have cut short."""
+
+    def __init__(self, rounds: int, candidates: int, device: torch.device) -> None:
+        self.rounds, self.candidates = rounds, candidates
+        self._images, self._unsettled, self._beyond = (torch.zeros((), dtype=torch.int64, device=device) for _ in "123")
+
+    def figures(self) -> dict[str, int]:
+        """Images so far; those whose suppression was cut short; those with more candidates than the capacity."""
+        return {
+            "images": int(self._images), "unsettled": int(self._unsettled), "over_capacity": int(self._beyond),
+            "rounds": self.rounds, "candidates": self.candidates,
+        }  # fmt: skip
+
+    def proposals(
+        self, scores_BA: Tensor, boxes_BA4: Tensor, level_sizes: list[int], sizes_B2: Tensor, before: int, after: int,
+        iou: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The best `before` anchors of each level, clipped, thinned out level by level to at most `after` an image.
+
+        Returns boxes [B, after, 4] and which of them are real [B, after] bool.
+        """
+        scores_BLn, boxes_BLn4 = _best_of_levels(scores_BA, boxes_BA4, level_sizes, before)
+        limits_B4 = sizes_B2.flip(-1).repeat(1, 2).to(boxes_BLn4.dtype)
+        boxes_BLn4 = torch.minimum(boxes_BLn4.clamp_min(0), limits_B4[:, None, None])
+        large_BLn = ((boxes_BLn4[..., 2:] - boxes_BLn4[..., :2]) >= MIN_SIDE).all(-1) & (scores_BLn >= 0)
+        kept_BLn, unsettled_BL = suppress(boxes_BLn4, large_BLn, overlap(boxes_BLn4) > iou, self.rounds)
+        self._images += len(scores_BA)
+        self._unsettled += unsettled_BL.any(1).sum()
+        ranked_Bn = scores_BLn.masked_fill(~kept_BLn, -1.0).flatten(1)
+        best_BP, index_BP = ranked_Bn.topk(min(after, ranked_Bn.shape[1]), dim=1)
+        chosen_BP4 = boxes_BLn4.flatten(1, 2).gather(1, index_BP[..., None].expand(-1, -1, 4))
+        real_BP = best_BP >= 0
+        missing = after - best_BP.shape[1]
+        return F.pad(chosen_BP4 * real_BP[..., None], (0, 0, 0, missing)), F.pad(real_BP, (0, missing))
+
+    def region_features(
+        self, pool: MultiScaleRoIAlign, features: Mapping[str, Tensor], boxes_BR4: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """Features [B * R, channels, side, side] of regions, each from its level of the pyramid, by one call.
+
+        The levels lie below one another on one canvas, each with its last row and column repeated once, which is what
+        RoIAlign reads beyond them.
+        """
+        maps = [features[name] for name in pool.featmap_names]
+        scales = [2.0 ** round(math.log2(m.shape[-2] / image_size[0])) for m in maps]
+        width = max(m.shape[-1] for m in maps) + 1
+        canvas = torch.cat([F.pad(m, (0, width - m.shape[-1], 0, 1), mode="replicate") for m in maps], dim=2)
+        tops = [sum(m.shape[-2] + 1 for m in maps[:level]) for level in range(len(maps))]
+        boxes_N4 = boxes_BR4.flatten(0, 1)
+        side_N = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(-1).sqrt()
+        exact_N = pool.canonical_level + torch.log2(side_N / pool.canonical_scale) + LEVEL_EPSILON
+        finest, coarsest = (-round(math.log2(scale)) for scale in (scales[0], scales[-1]))
+        level_N = (exact_N.floor().clamp(finest, coarsest) - finest).long()
+        # Sums over the few levels, since a table of them would have to be copied to the device.
+        scale_N = sum((level_N == level) * scale for level, scale in enumerate(scales))
+        top_N = sum((level_N == level) * float(top) for level, top in enumerate(tops))
+        down_N4 = torch.stack([torch.zeros_like(top_N), top_N] * 2, dim=1)
+        image_N = torch.arange(len(boxes_BR4), device=boxes_N4.device).repeat_interleave(
+            boxes_BR4.shape[1], output_size=len(boxes_N4)
+        )
+        rois_N5 = torch.cat([image_N[:, None].to(boxes_N4.dtype), boxes_N4 * scale_N[:, None] + down_N4], dim=1)
+        return roi_align(canvas, rois_N5.to(canvas.dtype), pool.output_size, 1.0, pool.sampling_ratio)
+
+    def detections(
+        self, scores_BPK: Tensor, boxes_BPK4: Tensor, real_BP: Tensor, count: int, least: float, iou: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes that score at least `least`, thinned out class by class, an image's best `count`.
+
+        Returns boxes [B, D, 4], scores [B, D] (0 fills up) and labels [B, D] int64.
+        """
+        classes = scores_BPK.shape[-1]
+        large_BPK = (boxes_BPK4[..., 2:] - boxes_BPK4[..., :2] > MIN_SIDE).all(-1)
+        may_BPK = (scores_BPK >= least) & real_BP[..., None] & large_BPK
+        may_BPK[..., 0] = False  # the background
+        ranked_BN = scores_BPK.masked_fill(~may_BPK, -1.0).flatten(1)
+        self._beyond += (may_BPK.flatten(1).sum(1) > self.candidates).sum()
+        best_Bn, index_Bn = ranked_BN.topk(min(self.candidates, ranked_BN.shape[1]), dim=1)
+        boxes_Bn4 = boxes_BPK4.flatten(1, 2).gather(1, index_Bn[..., None].expand(-1, -1, 4))
+        label_Bn = index_Bn % classes
+        same_Bnn = label_Bn[:, :, None] == label_Bn[:, None, :]
+        kept_Bn, unsettled_B = suppress(boxes_Bn4, best_Bn >= 0, (overlap(boxes_Bn4) > iou) & same_Bnn, self.rounds)
+        self._unsettled += unsettled_B.sum()
+        score_BD, place_BD = best_Bn.masked_fill(~kept_Bn, 0.0).topk(min(count, best_Bn.shape[1]), dim=1)
+        boxes_BD4 = boxes_Bn4.gather(1, place_BD[..., None].expand(-1, -1, 4)) * (score_BD > 0)[..., None]
+        labels_BD = label_Bn.gather(1, place_BD) * (score_BD > 0)
+        missing = count - score_BD.shape[1]
+        return F.pad(boxes_BD4, (0, 0, 0, missing)), F.pad(score_BD, (0, missing)), F.pad(labels_BD, (0, missing))
+
+
+def _best_of_levels(scores_BA: Tensor, boxes_BA4: Tensor, level_sizes: list[int], before: int) -> tuple[Tensor, Tensor]:
+    """Scores [B, L, before] (-1 fills up) and boxes [B, L, before, 4] of each level's best anchors, best first."""
+    scores, boxes = list[Tensor](), list[Tensor]()
+    for part, part_boxes in zip(scores_BA.split(level_sizes, 1), boxes_BA4.split(level_sizes, 1), strict=True):
+        best, index = part.topk(min(before, part.shape[1]), dim=1)
+        missing = before - best.shape[1]
+        scores.append(F.pad(best, (0, missing), value=-1.0))
+        boxes.append(F.pad(part_boxes.gather(1, index[..., None].expand(-1, -1, 4)), (0, 0, 0, missing)))
+    return torch.stack(scores, dim=1), torch.stack(boxes, dim=1)
+
+
+def overlap(boxes_xn4: Tensor) -> Tensor:
+    """Intersection over union [..., n, n] of each box with each."""
+    one, other = boxes_xn4.unsqueeze(-2), boxes_xn4.unsqueeze(-3)
+    sides = torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])
+    shared = sides.clamp_min(0).prod(-1)
+    area = (boxes_xn4[..., 2:] - boxes_xn4[..., :2]).clamp_min(0).prod(-1)
+    return shared / (area.unsqueeze(-1) + area.unsqueeze(-2) - shared).clamp_min(1e-9)
+
+
+def suppress(boxes_xn4: Tensor, may_xn: Tensor, near_xnn: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression of boxes [..., n, 4], best first, by rounds over all boxes at once.
+
+    A box stays if no better one that stays is `near` it. Whether that holds is known after one round for boxes without
+    a better one nearby, and after each further round for boxes that hang on those: the result is exactly the greedy one
+    once a round changes nothing. Returns which stay [..., n] bool, and whether the last round still changed any [...].
+    """
+    better_xnn = (near_xnn & may_xn.unsqueeze(-1)).triu(1)  # row j is better than column i, and may suppress it
+    kept_xn = may_xn
+    for _ in range(rounds):
+        kept_xn = may_xn & ~(better_xnn & kept_xn.unsqueeze(-1)).any(-2)
+    again_xn = may_xn & ~(better_xnn & kept_xn.unsqueeze(-1)).any(-2)
+    return again_xn, (again_xn != kept_xn).any(-1)
