@@ -1,7 +1,7 @@
 """Region proposals, pooling and final detections with fixed shapes: masks instead of selections, no host in between.
 
-Signatures are those of the components that the workload offers. Letters: B images, A anchors, n candidates, P proposals,
-R regions, K classes (0 is the background), D detections. Boxes are (x1, y1, x2, y2) in pixels.
+Signatures are those of the components that the workload offers. Letters: B images, A anchors, n candidates, L levels,
+P proposals, R regions, K classes (0 is the background), D detections. Boxes are (x1, y1, x2, y2) in pixels.
 """
 
 from __future__ import annotations
