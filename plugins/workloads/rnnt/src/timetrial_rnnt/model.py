@@ -107,44 +107,29 @@ class Joint(nn.Module):
 
 
 class Transducer(nn.Module):
-    """In training, a batch to its loss; in evaluation, to its text.
+    """In training, a batch to its loss; in evaluation, to its text. `loss` is the seam "rnnt.loss"."""
 
-    `loss` is the seam "rnnt.loss", see `timetrial_rnnt.loss`. `ctc_weight` > 0 adds so much of a CTC loss (Graves et
-    al. 2006) on the encoder, through an output layer of its own that recognition does not use.
-    """
-
-    def __init__(self, sizes: Sizes, loss: Loss, *, ctc_weight: float, max_symbols: int, max_per_frame: int) -> None:
+    def __init__(self, sizes: Sizes, loss: Loss, *, max_symbols: int, max_per_frame: int) -> None:
         super().__init__()
         self.encoder, self.prediction, self.joint = Encoder(sizes), Prediction(sizes), Joint(sizes)
-        self.ctc = nn.Linear(sizes.encoder_hidden, sizes.classes) if ctc_weight else None
-        self.transducer_loss, self.ctc_weight = loss, ctc_weight
+        self.transducer_loss = loss
         self.max_symbols, self.max_per_frame = max_symbols, max_per_frame
 
     def forward(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         """`data` as `timetrial_rnnt.batch` documents it. In training {"loss"}, a mean over B; in evaluation {"symbols"
         [B, max_symbols] int64, filled up with the blank, "counts" [B] int64}."""
-        hidden_BTH = self.encoder(data["features"])
+        encoded = self.joint.encoder_projection(self.encoder(data["features"]))
         lengths = -(-data["feature_lengths"] // self.encoder.stack_time)
-        encoded = self.joint.encoder_projection(hidden_BTH)
         if not self.training:
             symbols, counts = greedy(
                 self.prediction, self.joint, encoded, lengths, self.max_symbols, self.max_per_frame
             )
             return {"symbols": symbols, "counts": counts}
         predicted = self.joint.predictor_projection(self.prediction(data["labels"]))
-        labels, label_lengths = data["labels"], data["label_lengths"]
-        loss = self.transducer_loss(self.joint, encoded, predicted, labels, lengths, label_lengths).mean()
-        if self.ctc is None:
-            return {"loss": loss}
-        auxiliary = ctc_loss(self.ctc(hidden_BTH), labels, lengths, label_lengths, self.joint.blank)
-        return {"loss": loss + self.ctc_weight * auxiliary, "transducer_loss": loss.detach()}
-
-
-def ctc_loss(logits_BTV: Tensor, labels_BU: Tensor, lengths: Tensor, label_lengths: Tensor, blank: int) -> Tensor:
-    """The mean over B of the CTC loss in nats; an utterance too short for its labels counts as 0."""
-    log_probabilities = logits_BTV.float().log_softmax(-1).transpose(0, 1)
-    losses = F.ctc_loss(log_probabilities, labels_BU, lengths, label_lengths, blank, "none", zero_infinity=True)
-    return losses.mean()
+        losses = self.transducer_loss(
+            self.joint, encoded, predicted, data["labels"], lengths, data["label_lengths"]
+        )
+        return {"loss": losses.mean()}
 
 
 def initialise(model: nn.Module, scale: float, generator: torch.Generator) -> None:

@@ -81,10 +81,11 @@ class LAMB(torch.optim.Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate by step (counted from 0), as in the reference (common/optimizers.py, policy "exponential").
+    """Learning rate by step (counted from 0), as in the reference (common/optimizers.py, policy "exponential", and
+    train.py, which counts steps and epochs from 1).
 
-    A line up to `base` for `warmup_epochs`, `base` for `hold_epochs`, from then on base * decay^(whole epochs since),
-    never below `minimum`. The line begins above 0 and would meet `base` one step after the warm-up.
+    A line up to `base` for `warmup_epochs`, `base` for `hold_epochs`, from then on base times `decay` for each epoch
+    that has begun; never below `minimum`.
     """
 
     base: float
@@ -95,12 +96,12 @@ class Schedule:
     decay: float
 
     def __call__(self, step: int) -> float:
-        warmup = self.warmup_epochs * self.steps_per_epoch
-        if step < warmup:
-            factor = (step + 1) / (warmup + 1)
-        elif step < warmup + self.hold_epochs * self.steps_per_epoch:
+        number, epoch = step + 1, step // self.steps_per_epoch + 1
+        warmup_steps, hold_steps = (n * self.steps_per_epoch for n in (self.warmup_epochs, self.hold_epochs))
+        if number < warmup_steps:
+            factor = (number + 1) / (warmup_steps + 1)
+        elif number < warmup_steps + hold_steps:
             factor = 1.0
         else:
-            # The reference counts epochs from 1 here.
-            factor = self.decay ** (step // self.steps_per_epoch + 1 - self.warmup_epochs - self.hold_epochs)
+            factor = self.decay ** max(0.0, epoch - self.warmup_epochs - self.hold_epochs)
         return max(factor * self.base, self.minimum)

@@ -73,8 +73,6 @@ class RnntConfig:
     """Two ranks draw other masks than one."""
     init_scale: float = checked(above=0)
     """The initial weights and biases of the LSTMs are torch's times this."""
-    ctc_weight: float = checked(at_least=0)
-    """Weight of an auxiliary CTC loss on the encoder; 0: none, as in the rules."""
 
     global_batch_size: int = checked(at_least=1)
     eval_batch_size: int = checked(at_least=1)

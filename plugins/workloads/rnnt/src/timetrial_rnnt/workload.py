@@ -116,7 +116,6 @@ class RnntWorkload:
         built = model.Transducer(
             sizes,
             self.ctx.component("rnnt.loss", transducer_loss),
-            ctc_weight=config.ctc_weight,
             max_symbols=config.max_symbols,
             max_per_frame=config.max_symbols_per_frame,
         )
