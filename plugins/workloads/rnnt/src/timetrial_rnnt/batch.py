@@ -39,9 +39,11 @@ AHEAD = 2
 class Corpus(Protocol):
     """Recorded speech. `part` is "train" or "eval"; utterances are numbered, those of each part from 0."""
 
-    tokens: Tokens
     train_samples: int
     eval_samples: int
+
+    @property
+    def tokens(self) -> Tokens: ...
 
     def check(self) -> None:
         """Before the clock: files and sums. DataError."""
@@ -93,7 +95,9 @@ class Reader:
         for utterances in self._read("eval", jobs, seed, augment=False):
             yield self._features(utterances)
 
-    def _read(self, part: str, jobs: Iterable[NDArray[np.int64]], seed: int, augment: bool) -> Iterator[list[Utterance]]:
+    def _read(
+        self, part: str, jobs: Iterable[NDArray[np.int64]], seed: int, augment: bool
+    ) -> Iterator[list[Utterance]]:
         if self._pool is None:
             for numbers in jobs:
                 yield [self._utterance(part, int(number), seed, augment) for number in numbers]

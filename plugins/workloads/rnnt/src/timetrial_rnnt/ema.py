@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ class AverageWeights:
         torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)  # pyright: ignore
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> Generator[None, None, None]:
         """While it lasts, the model's parameters hold the averages."""
         self._swap()
         try:

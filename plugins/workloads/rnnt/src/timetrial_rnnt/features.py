@@ -55,7 +55,7 @@ def frame_count(samples: int) -> int:
 
 
 def dithered(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    return audio + np.float32(DITHER) * rng.standard_normal(len(audio), np.float32)
+    return (audio + DITHER * rng.standard_normal(len(audio), np.float32)).astype(np.float32)
 
 
 def trim(audio: NDArray[np.float32], decibels: float) -> NDArray[np.float32]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torchaudio
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.compiler.disable  # torchaudio's kernel cannot be traced
 def transducer_loss(
-    joint: nn.Module, encoded: Tensor, predicted: Tensor, labels: Tensor, encoded_lengths: Tensor, label_lengths: Tensor
+    joint: Any, encoded: Tensor, predicted: Tensor, labels: Tensor, encoded_lengths: Tensor, label_lengths: Tensor
 ) -> Tensor:
     """Negative log-likelihood in nats of each utterance's labels, summed over all alignments (Graves 2012,
     arXiv:1211.3711), shape [B].

@@ -47,8 +47,8 @@ class Recurrent(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, state = self.lstm(x, state)
-        return self.dropout(x), state
+        x, after = self.lstm(x, state)
+        return self.dropout(x), after
 
 
 class Encoder(nn.Module):
@@ -126,9 +126,7 @@ class Transducer(nn.Module):
             )
             return {"symbols": symbols, "counts": counts}
         predicted = self.joint.predictor_projection(self.prediction(data["labels"]))
-        losses = self.transducer_loss(
-            self.joint, encoded, predicted, data["labels"], lengths, data["label_lengths"]
-        )
+        losses = self.transducer_loss(self.joint, encoded, predicted, data["labels"], lengths, data["label_lengths"])
         return {"loss": losses.mean()}
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from core.errors import DataError
 from timetrial_rnnt.text import LETTERS, SentencePieces, normalise
@@ -46,7 +47,7 @@ def run(preparation: Preparation, config: RnntConfig) -> dict[str, int]:
     for note in notes:
         for name, reason in note["bad"]:
             preparation.refuse(name, reason)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"part": name.partition("/")[0], "file": name, **row}
         for (name, _), note in zip(jobs, notes, strict=True)
         for row in note["utterances"]
@@ -58,12 +59,12 @@ def run(preparation: Preparation, config: RnntConfig) -> dict[str, int]:
         given = Path(config.sentencepiece_model).expanduser().absolute() if config.sentencepiece_model else None
         texts = [row["text"] for row in rows if row["part"] == "train"]
         (tokens,) = preparation.map("tokens", write_model, [(MODEL, (given, texts, config.vocab_size))])
-    seconds = {part: sum(row["samples"] for row in rows if row["part"] == part) / RATE for part in chapters}
+    samples = sum(int(row["samples"]) for row in rows if row["part"] == "train")
     return {
         "training utterances": sum(row["part"] == "train" for row in rows),
         "evaluation utterances": sum(row["part"] == "eval" for row in rows),
         "training utterances left out as too long": sum(note["too_long"] for note in notes),
-        "minutes of training speech": round(seconds["train"] / 60),
+        "minutes of training speech": round(samples / RATE / 60),
         "tokens": tokens,
     }
 
@@ -84,7 +85,10 @@ def _is_list(path: Path) -> bool:
 
 def _require_both(rows: list[dict[str, Any]], source: Path, config: RnntConfig) -> None:
     found = {row["part"] for row in rows}
-    for part, what in (("train", f"a training utterance of at most {config.max_duration:g} s"), ("eval", "an utterance")):
+    for part, what in (
+        ("train", f"a training utterance of at most {config.max_duration:g} s"),
+        ("eval", "an utterance"),
+    ):
         if part not in found:
             where = config.eval_folder if part == "eval" else "train*"
             raise DataError(f"{source} has not {what} that can be used in {where}: give more speech")
@@ -97,7 +101,9 @@ def write_chapter(path: Path, folder: Path, max_duration: float | None) -> dict[
     texts, bad = _transcripts(folder)
     too_long = start = 0
     sounds = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
-    bad += [(str(folder / name), "there is no audio file of this name") for name in sorted(texts.keys() - sounds.keys())]
+    bad += [
+        (str(folder / name), "there is no audio file of this name") for name in sorted(texts.keys() - sounds.keys())
+    ]
     with path.open("wb") as out:
         for name, file in sounds.items():
             try:
@@ -134,7 +140,7 @@ def _transcripts(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     return texts, bad
 
 
-def read(file: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
+def read(file: Path) -> NDArray[np.int16]:
     """The samples of a mono file at 16 kHz. ValueError where it cannot be used, with the reason."""
     try:
         with soundfile.SoundFile(file) as sound:
@@ -142,7 +148,7 @@ def read(file: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
                 raise ValueError(f"its sample rate is {sound.samplerate} Hz; {RATE} Hz is expected")
             if sound.channels != 1:
                 raise ValueError(f"it has {sound.channels} channels; 1 is expected")
-            expected, audio = sound.frames, sound.read(dtype="int16")
+            expected, audio = sound.frames, np.asarray(sound.read(dtype="int16"), np.int16)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise ValueError(f"it cannot be read: {str(error).splitlines()[0]}") from None
     if len(audio) < expected:

@@ -41,9 +41,10 @@ class PreparedSpeech:
             )
         return Path(given).expanduser()
 
-    @cached_property
+    @property
     def tokens(self) -> Tokens:
-        return Letters() if self.config.tokens == "letters" else SentencePieces(self.root / MODEL)
+        """Known once the data have been checked."""
+        return self._tokens
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; reads the index."""
@@ -56,6 +57,8 @@ class PreparedSpeech:
                     f"{self.root} was prepared with workload.{name}={prepared.get(name)}, not {mine}: "
                     "set it so, or prepare the data again"
                 )
+        letters = self.config.tokens == "letters"
+        self._tokens: Tokens = Letters() if letters else SentencePieces(self.root / MODEL)
         self._rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
         with (self.root / INDEX).open(encoding="utf-8") as lines:
             for line in lines:
@@ -71,7 +74,7 @@ class PreparedSpeech:
         sound = self._sounds.get(row["file"])
         if sound is None:
             sound = self._sounds[row["file"]] = np.memmap(self.root / row["file"], "<i2", "r")
-        return sound[row["start"] : row["start"] + row["samples"]].astype(np.float32) / 32768
+        return sound[row["start"] : row["start"] + row["samples"]].astype(np.float32) / np.float32(32768)
 
     def transcript(self, part: str, number: int) -> str:
         return self._rows[part][number]["text"]

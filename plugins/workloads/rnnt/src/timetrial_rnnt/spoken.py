@@ -24,7 +24,7 @@ from core.record import sha256
 from core.report import Progress
 from timetrial_rnnt import synthesis
 from timetrial_rnnt.features import RATE
-from timetrial_rnnt.text import Letters
+from timetrial_rnnt.text import Letters, Tokens
 
 if TYPE_CHECKING:
     from core.types import RunContext
@@ -36,7 +36,7 @@ class SpokenDigits:
 
     def __init__(self, config: RnntConfig, ctx: RunContext) -> None:
         self.ctx = ctx
-        self.tokens = Letters()
+        self.tokens: Tokens = Letters()
         self.train_samples = self.eval_samples = 0
 
     def check(self) -> None:
@@ -61,7 +61,7 @@ class SpokenDigits:
 
     def audio(self, part: str, number: int) -> NDArray[np.float32]:
         """16 kHz, between -1 and 1."""
-        return self._audio[part][number].astype(np.float32) / 32768
+        return self._audio[part][number].astype(np.float32) / np.float32(32768)
 
     def transcript(self, part: str, number: int) -> str:
         return self._texts[part][number]

@@ -1,4 +1,4 @@
-"""Transcripts to class numbers and back: letters, or sentencepieces. The blank is no token: it is the class behind them."""
+"""Transcripts to class numbers and back: letters, or sentencepieces. The blank is the class behind the tokens."""
 
 from __future__ import annotations
 
@@ -60,5 +60,7 @@ def normalise(text: str) -> str:
     text = " ".join(text.lower().split())
     for letter in text:
         if letter not in LETTERS:
-            raise ValueError(f"its transcript has the character {letter!r}; letters, spaces and apostrophes are expected")
+            raise ValueError(
+                f"its transcript has the character {letter!r}; letters, spaces and apostrophes are expected"
+            )
     return text
