@@ -48,11 +48,11 @@ class BucketSampler:
         rng = np.random.default_rng(seed)
         by_length = np.argsort(self.durations, kind="stable")
         order = np.concatenate([rng.permutation(bucket) for bucket in np.array_split(by_length, self.buckets)])
-        # The odd batch is drawn from everywhere, so that no bucket is always the one cut short.
-        odd = len(order) - (self.batches - 1) * self.global_batch
-        last = np.sort(rng.choice(len(order), odd, replace=False))
-        rest = np.delete(order, last).reshape(self.batches - 1, self.global_batch)
-        whole = [*rest[rng.permutation(len(rest))], order[last]]
+        # What does not fill a batch is drawn from everywhere, so that no bucket is always the one cut short.
+        last = np.sort(rng.choice(len(order), len(order) % self.global_batch, replace=False))
+        full = np.delete(order, last).reshape(-1, self.global_batch)
+        whole = [*full[rng.permutation(len(full))], order[last]]
+        whole[self.batches - 1 :] = [np.concatenate(whole[self.batches - 1 :])]
         for number in range(first_batch, self.batches):
             batch = whole[number]
             # Strided over the sorted batch: the ranks' shares are about equally long.

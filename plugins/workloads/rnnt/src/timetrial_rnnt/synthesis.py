@@ -1,7 +1,7 @@
 """Digit strings spoken by espeak-ng: `python -m timetrial_rnnt.synthesis FILE`, a process of its own.
 
-The library (GPL-3, in the wheel `espeakng-loader`) is loaded by this process alone. The same library speaks the same
-bits, because its noise is seeded for each utterance.
+The library (GPL-3, in the wheel `espeakng-loader`) is loaded by this process alone. Its noise is seeded for each
+utterance; but some voices leave traces in the next one, so all is spoken by one process, in one order.
 
 FILE becomes an .npz: `rate` in Hz; `audio` [samples] int16, all utterances end to end; `ends` [utterances] int64, the
 sample after each one's last; `held_out` [utterances] bool; `transcripts` and `voices` [utterances] str.
