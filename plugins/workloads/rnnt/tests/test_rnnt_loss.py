@@ -43,7 +43,7 @@ def test_it_is_the_sum_over_all_alignments_whatever_the_padding_holds() -> None:
     for row in range(3):
         t, u = int(frames[row]), int(symbols[row])
         expected = all_alignments(logits[row, :t, : u + 1], labels[row, :u].tolist(), joint.blank)
-        torch.testing.assert_close(float(losses[row]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(losses[row].item(), expected, rtol=1e-5, atol=1e-5)
     encoded[0, 4:], predicted[0, 3:], labels[0, 2:] = 1e3, 1e3, 3
     torch.testing.assert_close(transducer_loss(joint, encoded, predicted, labels, frames, symbols), losses)
 

@@ -72,7 +72,12 @@ def spoil(folder: Path) -> dict[str, str]:
     truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
     (chapter / "1-1-0002.flac").write_bytes(b"")
     (chapter / "1-1-0003.flac").write_bytes(b"no audio at all, not even nearly")
-    soundfile.write(chapter / "1-1-0004.flac", np.zeros(0, np.float32), 16000)
+    (chapter / "1-1-0004.flac").unlink()
+    soundfile.write(chapter / "1-1-0004.wav", np.zeros(0, np.float32), 16000)
+    (chapter / "1-1-0011.flac").unlink()
+    soundfile.write(chapter / "1-1-0011.wav", np.zeros(16000, np.float32), 16000)
+    with (chapter / "1-1-0011.wav").open("r+b") as file:
+        file.truncate(20000)
     soundfile.write(chapter / "1-1-0005.flac", np.zeros(8000, np.float32), 8000)
     soundfile.write(chapter / "1-1-0006.flac", np.zeros((16000, 2), np.float32), 16000)
     (chapter / "1-1-0007.flac").unlink()
@@ -83,10 +88,10 @@ def spoil(folder: Path) -> dict[str, str]:
     del lines[10]
     listing.write_text("\n".join(lines))
     return {
-        "1-1-0001.flac": "truncated", "1-1-0002.flac": "cannot be read", "1-1-0003.flac": "cannot be read",
-        "1-1-0004.flac": "holds no samples", "1-1-0005.flac": "sample rate is 8000 Hz", "1-1-0006.flac": "2 channels",
+        "1-1-0001.flac": "cannot be read", "1-1-0002.flac": "cannot be read", "1-1-0003.flac": "cannot be read",
+        "1-1-0004.wav": "holds no samples", "1-1-0005.flac": "sample rate is 8000 Hz", "1-1-0006.flac": "2 channels",
         "1-1-0007": "no audio file", "1-1-0008.flac": "transcript is empty", "1-1-0009.flac": "character '2'",
-        "1-1-0010.flac": "has no transcript",
+        "1-1-0010.flac": "has no transcript", "1-1-0011.wav": "truncated",
     }  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def test_utterances_that_cannot_be_used_are_named_and_counted(
     reasons = {Path(name).name: reason for name, reason in bad.items()}
     assert reasons.keys() == expected.keys()
     assert {name: reason for name, reason in reasons.items() if expected[name] not in reason} == {}
-    assert manifest(tmp_path / "out")["counts"]["training utterances"] == 30  # pyright: ignore[reportIndexIssue]
+    assert manifest(tmp_path / "out")["counts"]["training utterances"] == 29  # pyright: ignore[reportIndexIssue]
 
 
 def test_long_utterances_are_left_out_of_training_only(

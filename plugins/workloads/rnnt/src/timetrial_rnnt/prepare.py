@@ -150,12 +150,20 @@ def read(file: Path) -> NDArray[np.int16]:
                 raise ValueError(f"it has {sound.channels} channels; 1 is expected")
             expected, audio = sound.frames, np.asarray(sound.read(dtype="int16"), np.int16)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ValueError(f"it cannot be read: {str(error).splitlines()[0]}") from None
-    if len(audio) < expected:
-        raise ValueError(f"it is truncated: {len(audio):,} of {expected:,} samples")
+        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        raise ValueError(f"it cannot be read as audio, or is truncated: {reason}") from None
+    if len(audio) < expected or _is_cut_short(file):
+        raise ValueError(f"it is truncated behind sample {len(audio):,}")
     if not len(audio):
         raise ValueError("it holds no samples")
     return audio
+
+
+def _is_cut_short(file: Path) -> bool:
+    """Whether a wav file is smaller than its header says; the library reads what there is."""
+    with file.open("rb") as content:
+        head = content.read(8)
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + 8 > file.stat().st_size
 
 
 def write_index(path: Path, rows: Sequence[dict[str, Any]]) -> int:
