@@ -166,7 +166,7 @@ def test_settings_of_a_run_must_agree_and_damage_is_named(make: MakeWorkload, pr
         make("rnnt_mlperf", *PREPARED, root=str(tmp_path / "copy")).check_data()
 
 
-SHRUNKEN = ("encoder_hidden=48", "predictor_hidden=32", "joint_hidden=32", "pre_layers=1", "post_layers=1")
+SHRUNKEN = ("encoder_hidden=32", "predictor_hidden=16", "joint_hidden=16", "max_symbols_per_frame=2")
 
 
 @pytest.mark.realdata
@@ -181,11 +181,23 @@ def test_real_speech_is_prepared_trained_on_for_an_epoch_and_evaluated(
         "workload=rnnt_mlperf", f"data.root={tmp_path / 'out'}", "stop.epochs=1",
         *(f"workload.{setting}" for setting in settings), run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
-    assert outcome.result["samples"] == 343 and "word_error_rate" in outcome.result["quality"]
+    assert outcome.result["samples"] == 343 and outcome.result["quality"]["word_error_rate"] > 0
     assert all(torch.isfinite(torch.tensor(outcome.losses)))
+
+
+@pytest.mark.realdata
+@pytest.mark.convergence
+def test_real_speech_is_learned_and_the_official_checker_passes_its_log(
+    prepare_speech: PrepareSpeech, real_speech: Path, tmp_path: Path
+) -> None:
+    letters = ("workload.tokens=letters", "workload.vocab_size=28")
+    assert prepare_speech(real_speech, tmp_path / "out", *letters).returncode == 0
+    outcome = run_cli(
+        "workload=rnnt", f"data.root={tmp_path / 'out'}", "stop.epochs=5", "workload.global_batch_size=8",
+        run_dir=tmp_path / "run",
+    ).expect(4)  # fmt: skip
+    assert outcome.result["quality"]["word_error_rate"] < 1
     checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0"]
     log = str(outcome.run_dir / "result_0.txt")
     checked = subprocess.run([*checker, "--werror", log], capture_output=True, text=True, cwd=tmp_path, check=False)
-    # One rule cannot hold after one epoch: that some eval_accuracy be below 1.
-    problems = [line for line in checked.stderr.splitlines() if "failed" in line.lower()]
-    assert checked.returncode == 0 or problems, checked.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr
