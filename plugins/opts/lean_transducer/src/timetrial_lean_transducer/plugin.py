@@ -1,0 +1,84 @@
+"""The opt `lean_transducer`: the transducer loss without the (batch, time, label, vocabulary) tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Evidence, OptSpec, Plugin
+
+if TYPE_CHECKING:
+    from timetrial_lean_transducer.loss import LeanLoss
+
+COMPONENT = "rnnt.loss"
+MIB = 2**20
+
+
+@dataclass(kw_only=True)
+class LeanTransducerConfig:
+    """Settings of `opt.lean_transducer`."""
+
+    mode: str = checked(choices=("exact", "pruned"))
+    """`exact`: the same loss and gradients. `pruned`: the joint network at `prune_range` places of each frame only."""
+    chunk: int | None = checked(at_least=1)
+    """Cells whose logits exist at a time; null chooses by device."""
+    negligible: float = checked(at_least=0, at_most=1e-6)
+    """The backward pass leaves out cells whose posterior is below this."""
+    prune_range: int = checked(at_least=2)
+    """Pruned: places of each frame."""
+    simple_scale: float = checked(at_least=0)
+    """Pruned: weight of the simple joint's loss."""
+
+
+class LeanTransducer(Plugin):
+    """Replaces the transducer loss, the joint network included."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="transducer loss without the (batch, time, label, vocabulary) tensor; exact, or pruned",
+        numerics="tolerance",
+        components=frozenset({COMPONENT}),
+    )
+    Config = LeanTransducerConfig
+    config: LeanTransducerConfig
+
+    _loss: LeanLoss | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name != COMPONENT:
+            return inner
+        from timetrial_lean_transducer.loss import LeanLoss
+
+        c = self.config
+        span = c.prune_range if c.mode == "pruned" else None
+        self._loss = LeanLoss(chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale)
+        return self._loss
+
+    @hookimpl
+    def verify(self) -> Evidence:
+        if self._loss is None or not self._loss.work.peak_bytes:
+            return Evidence(
+                plugin="lean_transducer", active=False, summary="no loss has been computed for training yet"
+            )
+        work, logits, pruned = self._loss.work, self._loss.logits_bytes, self.config.mode == "pruned"
+        figures = {
+            "calls": work.calls, "padded_cells": work.padded, "cells": work.cells, "cells_again": work.revisited,
+            "posterior_left_out": float(work.left_out), "widened_calls": self._loss.widened,
+            "kept_bytes": work.kept_bytes, "peak_bytes": work.peak_bytes, "logits_bytes": logits,
+        }  # fmt: skip
+        return Evidence(
+            plugin="lean_transducer",
+            active=work.kept_bytes < logits,
+            summary=f"{self.config.mode}: {work.calls} call{'s' * (work.calls != 1)}, joint network in "
+            f"{work.cells / work.padded:.1%} of {work.padded} padded cells, again in {work.revisited / work.padded:.1%} for "
+            f"the gradient; kept in between {work.kept_bytes / MIB:.2f} MiB, at most {work.peak_bytes / MIB:.2f}; all "
+            f"logits take {logits / MIB:.2f}, their gradients as much",
+            figures=figures,
+            # The masks are as likely as the plain joint network's, but they are others.
+            numerics="changes" if pruned or self._loss.dropout else None,
+        )

@@ -1,0 +1,103 @@
+"""Which few places of each frame are worth the joint network: "Pruned RNN-T for fast, memory-efficient ASR training",
+Kuang et al., arXiv:2206.13236.
+
+A simple joint, whose logits are a sum of one vector a frame and one a place, needs no vector a cell: the normaliser of its
+softmax is a matrix product of exponentials,
+
+    log(sum over v of exp(a_tv + c_uv)) = log((exp(a) exp(c)^T)_tu).
+
+Its posteriors choose `span` neighbouring places of each frame, and the joint network is computed in these only. Here the
+simple joint is the workload's own joint network without its ReLU: a = weight e, c = weight p + bias. So it has no
+parameters of its own, which optimizer, checkpoints and evaluation would have to know; the paper's has two projections.
+
+Letters: as in joint.py; S places of a span, P places where a span can begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from timetrial_lean_transducer.lattice import Cells, posteriors
+
+
+def simple_scores(
+    encoded_BTJ: Tensor, predicted_BWJ: Tensor, weight_VJ: Tensor, bias_V: Tensor, targets_BW: Tensor, blank: int,
+    low: torch.dtype, wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The simple joint's log-probabilities (B, T, W) of blank and next label, in `wide`; its products are in `low`."""
+    weight_VJ = weight_VJ.to(low)
+    by_frame_BTV = F.linear(encoded_BTJ.to(low), weight_VJ).to(wide)
+    by_place_BWV = F.linear(predicted_BWJ.to(low), weight_VJ, bias_V.to(low)).to(wide)
+    largest_BT1 = by_frame_BTV.detach().amax(2, keepdim=True)
+    largest_BW1 = by_place_BWV.detach().amax(2, keepdim=True)
+    sums_BTW = (by_frame_BTV - largest_BT1).exp() @ (by_place_BWV - largest_BW1).exp().mT
+    # Where each favours what the other excludes, the product underflows; its logarithm must stay finite.
+    norm_BTW = sums_BTW.clamp_min(torch.finfo(wide).tiny).log() + largest_BT1 + largest_BW1.mT
+    blank_BTW = by_frame_BTV[:, :, blank, None] + by_place_BWV[:, None, :, blank] - norm_BTW
+    index_BTW = targets_BW[:, None].expand_as(norm_BTW)
+    label_BTW = by_frame_BTV.gather(2, index_BTW) + by_place_BWV.gather(2, targets_BW[:, :, None]).mT - norm_BTW
+    return blank_BTW, label_BTW
+
+
+class PathLoss(torch.autograd.Function):
+    """`apply(blank_N, label_N, cells)`: losses (B,) in nats and, without gradient, the posteriors of both arrows."""
+
+    @staticmethod
+    def forward(ctx: Any, blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
+        likelihood_B, *found = posteriors(blank_N, label_N, cells)
+        by_blank_N, by_label_N = (t.to(blank_N.dtype) for t in found)
+        ctx.save_for_backward(by_blank_N, by_label_N)
+        ctx.cells = cells
+        ctx.mark_non_differentiable(by_blank_N, by_label_N)
+        return -likelihood_B.to(blank_N.dtype), by_blank_N, by_label_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_B: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        by_blank_N, by_label_N = ctx.saved_tensors
+        scale_N = -grad_B[ctx.cells.coordinates[0]]
+        return by_blank_N * scale_N, by_label_N * scale_N, None
+
+
+def least_span(cells: Cells) -> int:
+    """The fewest places a frame that leave every utterance a path: `span - 1` labels can be said in each frame."""
+    return int(((cells.labels_B + cells.frames_B - 1) // cells.frames_B).max()) + 1
+
+
+def first_places(by_blank_BTW: Tensor, by_label_BTW: Tensor, span: int, frames_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Where each frame's span begins, int64 (B, T): section 3.3 of the paper.
+
+    A span is worth the posterior of the paths that leave its frame from inside it, less those that enter it from below.
+    Where the best spans leave no path (which begins at place 0, ends at the last, never goes back, and needs a place that
+    this frame's span and the next one's share), they are moved.
+    """
+    *_, frames, places = by_blank_BTW.shape
+    if span >= places:
+        return labels_B.new_zeros(len(labels_B), frames)
+    sums_BTW = F.pad(by_blank_BTW.double().cumsum(2), (1, 0))
+    inside_BTP = sums_BTW[:, :, span:] - sums_BTW[:, :, :-span]
+    entering_BTP = F.pad(by_label_BTW, (1, 0))[:, :, : places - span + 1]
+    last_B1 = (labels_B + 1 - span).clamp_min(0)[:, None]
+    beyond_BP = torch.arange(places - span + 1, device=labels_B.device) > last_B1
+    best_BT = (inside_BTP - entering_BTP).masked_fill(beyond_BP[:, None], -torch.inf).argmax(2)
+
+    climb_T = torch.arange(frames, device=labels_B.device) * (span - 1)  # as high as a span can begin in each frame
+    left_BT = ((frames_B[:, None] - 1) * (span - 1) - climb_T).clamp_min(0)
+    first_BT = torch.maximum(torch.minimum(best_BT, climb_T), last_B1 - left_BT).cummax(1).values
+    # Where a later span is out of reach, begin higher before it.
+    reach_BT = (first_BT - climb_T).flip(1).cummax(1).values.flip(1)
+    return torch.maximum(first_BT, reach_BT + climb_T)
+
+
+def pruned(cells: Cells, first_BT: Tensor, span: int) -> Cells:
+    """The cells of the spans."""
+    place_BTS = first_BT[:, :, None] + torch.arange(span, device=first_BT.device)
+    frame_T = torch.arange(cells.frames, device=first_BT.device)
+    row_BT = torch.arange(len(first_BT), device=first_BT.device)[:, None] * cells.frames + frame_T
+    used_BTS = (place_BTS <= cells.labels_B[:, None, None]) & (frame_T < cells.frames_B[:, None])[:, :, None]
+    return replace(cells, number_N=(row_BT[:, :, None] * cells.places + place_BTS)[used_BTS])
