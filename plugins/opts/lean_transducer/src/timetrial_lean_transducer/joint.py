@@ -7,9 +7,9 @@ of the next label. From them come the posteriors g of the two arrows that leave 
 
     dz = (g_blank + g_label) softmax(z) - g_blank onehot(blank) - g_label onehot(label)
 
-The backward pass computes h and z again, chunk by chunk, and only where it matters: |dz| sums to 2 (g_blank + g_label) at
-most, while the posteriors of a frame's cells, and of a place's, sum to 1 or more, since every path crosses all of them.
-So a cell whose posterior is below `negligible` is left out: what float32 would round away is not worth computing.
+The backward pass computes h and z again, chunk by chunk, and only where it matters: |dz| sums to at most 2 (g_blank +
+g_label), while the posteriors of a frame's cells, and of a place's, sum to 1 or more, since every path crosses them. So
+a cell whose posterior is below `negligible` is left out: what float32 would round away is not worth computing.
 
 Letters: N cells, K cells that the backward pass needs, C cells of a chunk, J width of the joint, V vocabulary,
 B utterances, T frames, U labels, W = U + 1 places.
@@ -20,13 +20,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from timetrial_lean_transducer.lattice import Cells, posteriors
 from timetrial_lean_transducer.memory import PeakMemory
+
+
+class Inputs(NamedTuple):
+    encoded_BTJ: Tensor
+    predicted_BWJ: Tensor
+    weight_VJ: Tensor
+    bias_V: Tensor
+    targets_BW: Tensor
+    """The next label of each place, int64; any label at an utterance's last place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,81 +66,80 @@ class Work:
     revisited: int = 0
     """Cells whose logits the backward pass computed again."""
     left_out: Tensor | float = 0.0
-    """Of the last call, and its worst utterance: the sum of the posteriors, of frames + labels in all, of the others."""
+    """Of the last call, and its worst utterance: the sum of the posteriors of the others, of frames + labels in all."""
     kept_bytes: int = 0
     """Held between the two passes."""
     peak_bytes: int = 0
     """The most held at a time, gradients included."""
 
 
-class JointLoss(torch.autograd.Function):
-    """`apply(encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW, cells, settings, work, memory)`: losses
-    (B,) in nats. `memory`, where it is given, watches both passes.
+def joint_loss(
+    inputs: Inputs, cells: Cells, settings: Settings, work: Work, memory: PeakMemory | None = None
+) -> Tensor:
+    """Losses (B,) in nats, in `settings.wide`. `memory`, where it is given, is to watch the backward pass too."""
+    return _JointLoss.apply(*inputs, cells, settings, work, memory)  # pyright: ignore[reportReturnType, reportCallIssue]
 
-    `targets_BW` holds the next label of each place, and any label at an utterance's last place.
-    """
 
+class _JointLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, encoded_BTJ: Tensor, predicted_BWJ: Tensor, weight_VJ: Tensor, bias_V: Tensor, targets_BW: Tensor,
         cells: Cells, settings: Settings, work: Work, memory: PeakMemory | None,
     ) -> Tensor:  # fmt: skip
-        inputs = (encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW)
-        with memory or nullcontext():
-            likelihood_B, by_blank_N, by_label_N = posteriors(*_scores(inputs, cells, settings), cells)
-            passing_N = by_blank_N + by_label_N
-            needed_K = (~(passing_N < settings.negligible)).nonzero().squeeze(1)  # and NaN, which must not go unseen
-            posteriors_K = (t[needed_K].to(settings.wide) for t in (by_blank_N, by_label_N))
-            ctx.save_for_backward(*inputs, needed_K, *posteriors_K)
-            passing_N[needed_K] = 0
-            left_out_B = likelihood_B.new_zeros(len(likelihood_B)).index_add_(0, cells.coordinates[0], passing_N)
+        inputs = Inputs(encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW)
+        likelihood_B, by_blank_N, by_label_N = posteriors(*_scores(inputs, cells, settings), cells)
+        passing_N = by_blank_N + by_label_N
+        needed_K = (~(passing_N < settings.negligible)).nonzero().squeeze(1)  # NaN too, which must not go unseen
+        leaving_2K = torch.stack([by_blank_N[needed_K], by_label_N[needed_K]]).to(settings.wide)
+        ctx.save_for_backward(*inputs, needed_K, leaving_2K)
         ctx.cells, ctx.settings, ctx.work, ctx.memory = cells, settings, work, memory
         work.calls += 1
         work.padded += len(likelihood_B) * cells.frames * cells.places
         work.cells += len(cells)
-        work.left_out = left_out_B.max()
+        passing_N[needed_K] = 0
+        utterance_N, *_ = cells.coordinates
+        work.left_out = torch.zeros_like(likelihood_B).index_add_(0, utterance_N, passing_N).max()
         return -likelihood_B.to(settings.wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, needed_K, by_blank_K, by_label_K = ctx.saved_tensors
-        work, memory = ctx.work, ctx.memory
+        *inputs, needed_K, leaving_2K = ctx.saved_tensors
+        cells, work, memory = ctx.cells, ctx.work, ctx.memory
         work.revisited += len(needed_K)
         work.kept_bytes = memory.held if memory else work.kept_bytes
         with memory or nullcontext():
-            scale_K = grad_B.to(by_blank_K.dtype)[ctx.cells.utterance(needed_K)]
-            leaving_2K = torch.stack([by_blank_K, by_label_K]) * scale_K
-            gradients = _gradients(tuple(inputs), ctx.cells, ctx.settings, needed_K, leaving_2K)
+            utterance_K = cells.number_N[needed_K] // (cells.frames * cells.places)
+            leaving_2K = leaving_2K * grad_B.to(leaving_2K.dtype)[utterance_K]
+            gradients = _gradients(Inputs(*inputs), cells, ctx.settings, needed_K, leaving_2K)
         work.peak_bytes = memory.peak if memory else work.peak_bytes
         return *gradients, *[None] * 5
 
 
-def _scores(inputs: tuple[Tensor, ...], cells: Cells, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of each cell's blank and label, -inf where there is no label."""
-    joint = _Joint(*inputs, settings)
+def _scores(inputs: Inputs, cells: Cells, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of each cell's blank and label."""
+    joint = _Joint(inputs, settings, len(cells))
     everything_N = torch.arange(len(cells), device=cells.number_N.device)
-    blank_N = inputs[0].new_empty(len(cells), dtype=settings.wide)
+    blank_N = inputs.encoded_BTJ.new_empty(len(cells), dtype=settings.wide)
     label_N = torch.empty_like(blank_N)
-    for part_C, mask_CJ in joint.chunks(everything_N, len(cells)):
+    for part_C, mask_CJ in joint.chunks(everything_N):
         chunk = joint.forward(cells.number_N[part_C], mask_CJ)
         scores_CV = torch.log_softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.room_CV)
         blank_N[part_C] = scores_CV[:, settings.blank]
         label_N[part_C] = scores_CV.gather(1, chunk.target_C1).squeeze(1)
-    utterance_N, _, place_N = cells.coordinates
-    return blank_N, label_N.masked_fill_(place_N == cells.labels_B[utterance_N], -torch.inf)
+    return blank_N, label_N
 
 
 def _gradients(
-    inputs: tuple[Tensor, ...], cells: Cells, settings: Settings, needed_K: Tensor, leaving_2K: Tensor
+    inputs: Inputs, cells: Cells, settings: Settings, needed_K: Tensor, leaving_2K: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of encoded, predicted, weight and bias; `leaving_2K` weighs each needed cell's blank and label."""
     encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, _ = inputs
-    joint = _Joint(*inputs, settings)
+    joint = _Joint(inputs, settings, len(cells))
     grad_encoded_RJ, grad_predicted_RJ = (torch.zeros_like(t, dtype=settings.wide) for t in joint.rows)
     grad_weight_VJ, grad_bias_V = torch.zeros_like(weight_VJ), torch.zeros_like(bias_V)
     done = 0
-    for part_C, mask_CJ in joint.chunks(needed_K, len(cells)):
+    for part_C, mask_CJ in joint.chunks(needed_K):
         blank_C1, label_C1 = leaving_2K[:, done : (done := done + len(part_C)), None]
         chunk = joint.forward(cells.number_N[part_C], mask_CJ)
         grad_CV = torch.softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.room_CV)
@@ -175,33 +184,31 @@ class _Joint:
     """The joint network on chunks of cells. What has a chunk's size and the vocabulary's is allocated once: a CPU takes
     three times as long to fill fresh memory as for the softmax itself."""
 
-    def __init__(
-        self, encoded_BTJ: Tensor, predicted_BWJ: Tensor, weight_VJ: Tensor, bias_V: Tensor, targets_BW: Tensor,
-        settings: Settings,
-    ) -> None:  # fmt: skip
-        self.settings = settings
+    def __init__(self, inputs: Inputs, settings: Settings, cells: int) -> None:
+        encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW = inputs
+        self.settings, self.cells = settings, cells
         self.frames, self.places = encoded_BTJ.shape[1], predicted_BWJ.shape[1]
         self.rows = encoded_BTJ.flatten(0, 1), predicted_BWJ.flatten(0, 1)
         self.weight_VJ, self.bias_V = weight_VJ.to(settings.low), bias_V.to(settings.low)
         self.target_R1 = targets_BW.reshape(-1, 1)
         self.scale = 1 / (1 - settings.dropout) if settings.dropout < 1 else 0.0
-        size = (settings.chunk, len(bias_V))
+        size = (min(settings.chunk, cells), len(bias_V))
         self.logits_CV = self.weight_VJ.new_empty(size)
         self.room_CV = self.weight_VJ.new_empty(size, dtype=settings.wide)
 
-    def chunks(self, wanted_K: Tensor, cells: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """`wanted_K`, ascending numbers below `cells`, in chunks, with the dropout mask of each.
+    def chunks(self, wanted_K: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`wanted_K`, ascending places in the list of cells, in chunks, with the dropout mask of each.
 
         A mask is drawn for all cells of a chunk, in the same order in both passes, whichever of them are wanted.
         """
-        size, device = self.settings.chunk, wanted_K.device
+        size, cells, device = self.settings.chunk, self.cells, wanted_K.device
         if not self.settings.dropout:
             yield from ((part_C, None) for part_C in wanted_K.split(size))
             return
         generator = torch.Generator(device).manual_seed(self.settings.seed)
         starts = range(0, cells, size)
         borders = torch.searchsorted(wanted_K, torch.tensor([*starts, cells], device=device)).tolist()
-        for start, first, end in zip(starts, borders, borders[1:], strict=True):
+        for start, (first, end) in zip(starts, pairwise(borders), strict=True):
             mask_CJ = self.rows[0].new_empty(min(size, cells - start), self.rows[0].shape[1])
             mask_CJ.bernoulli_(1 - self.settings.dropout, generator=generator).mul_(self.scale)
             part_C = wanted_K[first:end]

@@ -1,7 +1,7 @@
 """How likely it is that the alignment passes through each cell of the transducer's lattice.
 
-An alignment is a path from cell (t, u) = (0, 0): "blank" leads to (t + 1, u), the label u to (t, u + 1), and the blank at
-(T - 1, U) ends it. Graves, "Sequence Transduction with Recurrent Neural Networks", arXiv:1211.3711, section 2.4.
+An alignment is a path from cell (t, u) = (0, 0): "blank" leads to (t + 1, u), the label u to (t, u + 1), and the blank
+at (T - 1, U) ends it. Graves, "Sequence Transduction with Recurrent Neural Networks", arXiv:1211.3711, section 2.4.
 
 Letters: B utterances, T frames, U labels, W = U + 1 places between labels, N cells, D anti-diagonals t + u = constant.
 """
@@ -30,10 +30,6 @@ class Cells:
     def __len__(self) -> int:
         return len(self.number_N)
 
-    def utterance(self, index_K: Tensor) -> Tensor:
-        """Of the cells in these places of the list, int64 (K,)."""
-        return self.number_N[index_K] // (self.frames * self.places)
-
     @property
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Utterance, frame and place of each cell, each int64 (N,)."""
@@ -51,9 +47,9 @@ def all_cells(frames: int, places: int, frames_B: Tensor, labels_B: Tensor) -> C
 def posteriors(blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     """Log-likelihood (B,) of the labels, and the probabilities (N,) that the path leaves a cell by its blank or label.
 
-    `blank_N` and `label_N` are log-probabilities; a cell at the last place has label -inf. All results are float64: a sum
-    of hundreds of logarithms in float32 has lost the digits that its exponential needs. Where no path has a
-    probability, the log-likelihood is -inf and the posteriors are NaN.
+    `blank_N` and `label_N` are log-probabilities; at an utterance's last place, the label's is not used. All results
+    are float64: a sum of hundreds of logarithms in float32 has lost the digits that its exponential needs. Where no
+    path has a probability, the log-likelihood is -inf and the posteriors are NaN.
 
     Forward and backward variables are one recursion, since the lattice read from its end is a lattice too: the second
     half of the columns below holds the mirror images. A row of the tables is an anti-diagonal; the cell (t, u) of
@@ -61,6 +57,8 @@ def posteriors(blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, 
     above it and one to the left. What is never written stays -inf, and so bounds each utterance's own lattice.
     """
     utterance_N, frame_N, place_N = cells.coordinates
+    blank_N = blank_N.double()
+    label_N = label_N.double().masked_fill_(place_N == cells.labels_B[utterance_N], -torch.inf)
     batch, width = len(cells.frames_B), len(cells.frames_B) * cells.places
     end_B = cells.frames_B + cells.labels_B
     rows = cells.frames + cells.places  # at least one more than the longest path has steps
@@ -69,12 +67,12 @@ def posteriors(blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, 
     back_N = end_B[utterance_N] - 1 - row_N
     back_column_N = width + column_N - 2 * place_N + cells.labels_B[utterance_N]
 
-    arrows_D2C = blank_N.new_full((rows - 1, 2, 2 * width), -torch.inf, dtype=torch.float64)
+    arrows_D2C = blank_N.new_full((rows - 1, 2, 2 * width), -torch.inf)
     by_label_DC, by_blank_DC = arrows_D2C.unbind(1)
-    by_blank_DC[row_N, column_N] = blank_N.double()
-    by_label_DC[row_N, column_N + 1] = label_N.double()
-    by_blank_DC[back_N, back_column_N] = blank_N.double()
-    by_label_DC[back_N, back_column_N] = label_N.double()
+    by_blank_DC[row_N, column_N] = blank_N
+    by_label_DC[row_N, column_N + 1] = label_N
+    by_blank_DC[back_N, back_column_N] = blank_N
+    by_label_DC[back_N, back_column_N] = label_N
 
     scores_DC = arrows_D2C.new_full((rows, 1 + 2 * width), -torch.inf)  # column 0 stands left of the first
     first_B = torch.arange(batch, device=blank_N.device) * cells.places

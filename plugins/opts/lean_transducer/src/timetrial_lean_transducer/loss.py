@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timetrial_lean_transducer.joint import JointLoss, Settings, Work
-from timetrial_lean_transducer.lattice import Cells, all_cells
+from timetrial_lean_transducer.joint import Inputs, Settings, Work, joint_loss
+from timetrial_lean_transducer.lattice import all_cells
 from timetrial_lean_transducer.memory import PeakMemory
-from timetrial_lean_transducer.pruning import PathLoss, first_places, least_span, pruned, simple_scores
+from timetrial_lean_transducer.pruning import least_span, prune
 
-CPU_CHUNK, CHUNK = 512, 32768
+CPU_CHUNK, CHUNK = 512, 16384
 """Cells of a chunk: on a CPU small enough for its caches, elsewhere large enough to fill the device."""
 
 
@@ -43,53 +43,43 @@ class LeanLoss:
 
     @torch.compiler.disable  # its chunks would be unrolled into one graph, and there is nothing to fuse around them
     def __call__(
-        self,
-        joint: Any,
-        encoded: Tensor,
-        predicted: Tensor,
-        labels: Tensor,
-        encoded_lengths: Tensor,
-        label_lengths: Tensor,
-    ) -> Tensor:
+        self, joint: Any, encoded: Tensor, predicted: Tensor, labels: Tensor,
+        encoded_lengths: Tensor, label_lengths: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Negative log-likelihoods (B,) in nats, float32 (float64 for float64 inputs).
 
         `encoded` (B, T, J), `predicted` (B, U + 1, J), `labels` (B, U) int64 with any padding, lengths (B,) int64;
         `joint` has the modules `dropout` and `output` (linear, with bias) and the number `blank`.
         """
-        device, wide = encoded.device.type, torch.promote_types(encoded.dtype, torch.float32)
-        dropout = joint.dropout.p if joint.dropout.training else 0.0
-        settings = Settings(
-            blank=joint.blank, chunk=self.chunk or (CPU_CHUNK if device == "cpu" else CHUNK), dropout=dropout,
-            # From the host's generator, which checkpoints carry.
-            negligible=self.negligible, seed=int(torch.randint(2**62, ())) if dropout else 0, wide=wide,
-            low=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else encoded.dtype,
-        )  # fmt: skip
-        places = torch.arange(predicted.shape[1], device=labels.device)
-        targets_BW = F.pad(labels, (0, 1)).masked_fill(places >= label_lengths[:, None], 0)
-        inputs = (encoded, predicted, joint.output.weight, joint.output.bias, targets_BW)
-        training = torch.is_grad_enabled()
-        memory = PeakMemory() if training and not self.logits_bytes else None
-        if training:
-            self.dropout |= dropout > 0
-            self.logits_bytes = (
-                self.logits_bytes or encoded[:, :, 0].numel() * len(places) * len(joint.output.bias) * wide.itemsize
-            )
-        with torch.autocast(device, enabled=False), memory or nullcontext():
-            cells = all_cells(encoded.shape[1], len(places), encoded_lengths, label_lengths)
-            simple_B, cells = (None, cells) if self.span is None else self._prune(inputs, cells, settings)
-            work = self.work if training else Work()
-            losses_B = JointLoss.apply(*inputs, cells, settings, work, memory)
-            return losses_B if simple_B is None else losses_B + self.simple_scale * simple_B
+        padding_BW = torch.arange(predicted.shape[1], device=labels.device) >= label_lengths[:, None]
+        targets_BW = F.pad(labels, (0, 1)).masked_fill(padding_BW, 0)
+        inputs = Inputs(encoded, predicted, joint.output.weight, joint.output.bias, targets_BW)
+        settings = self._settings(joint, encoded)
+        work, memory = self.work, None
+        if not torch.is_grad_enabled():
+            work = Work()  # evaluation is not counted
+        elif not self.logits_bytes:
+            self.logits_bytes = padding_BW.numel() * encoded.shape[1] * len(inputs.bias_V) * settings.wide.itemsize
+            memory = PeakMemory()
+        with torch.autocast(encoded.device.type, enabled=False), memory or nullcontext():
+            cells = all_cells(encoded.shape[1], predicted.shape[1], encoded_lengths, label_lengths)
+            if self.span is None:
+                return joint_loss(inputs, cells, settings, work, memory)
+            span = max(self.span, least_span(cells))
+            self.widened += span > self.span
+            simple_B, cells = prune(inputs, cells, span, settings)
+            return joint_loss(inputs, cells, settings, work, memory) + self.simple_scale * simple_B
 
-    def _prune(self, inputs: tuple[Tensor, ...], cells: Cells, settings: Settings) -> tuple[Tensor, Cells]:
-        """The simple joint's loss, and the cells that it leaves."""
-        scores = simple_scores(*inputs, settings.blank, settings.low, settings.wide)
-        blank_N, label_N = (t.flatten().index_select(0, cells.number_N) for t in scores)
-        utterance_N, _, place_N = cells.coordinates
-        label_N = label_N.masked_fill(place_N == cells.labels_B[utterance_N], -torch.inf)
-        simple_B, *posteriors = PathLoss.apply(blank_N, label_N, cells)  # pyright: ignore[reportGeneralTypeIssues]
-        size = (len(simple_B), cells.frames, cells.places)
-        grids = [t.new_zeros(size).flatten().index_copy_(0, cells.number_N, t).view(size) for t in posteriors]
-        span = max(self.span, least := least_span(cells))
-        self.widened += self.span < least
-        return simple_B, pruned(cells, first_places(*grids, span, cells.frames_B, cells.labels_B), span)
+    def _settings(self, joint: Any, encoded: Tensor) -> Settings:
+        device = encoded.device.type
+        dropout = joint.dropout.p if joint.dropout.training else 0.0
+        self.dropout |= dropout > 0
+        return Settings(
+            blank=joint.blank,
+            chunk=self.chunk or (CPU_CHUNK if device == "cpu" else CHUNK),
+            negligible=self.negligible,
+            dropout=dropout,
+            seed=int(torch.randint(2**62, ())) if dropout else 0,  # the host's generator, which checkpoints carry
+            low=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else encoded.dtype,
+            wide=torch.promote_types(encoded.dtype, torch.float32),
+        )

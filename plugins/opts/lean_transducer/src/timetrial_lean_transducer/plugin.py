@@ -74,10 +74,10 @@ class LeanTransducer(Plugin):
         return Evidence(
             plugin="lean_transducer",
             active=work.kept_bytes < logits,
-            summary=f"{self.config.mode}: {work.calls} call{'s' * (work.calls != 1)}, joint network in "
-            f"{work.cells / work.padded:.1%} of {work.padded} padded cells, again in {work.revisited / work.padded:.1%} for "
-            f"the gradient; kept in between {work.kept_bytes / MIB:.2f} MiB, at most {work.peak_bytes / MIB:.2f}; all "
-            f"logits take {logits / MIB:.2f}, their gradients as much",
+            summary=f"{self.config.mode}: {work.calls} call{'s' * (work.calls != 1)}; joint network in "
+            f"{work.cells / work.padded:.1%} of {work.padded} cells with padding, and again in "
+            f"{work.revisited / work.padded:.1%} for the gradient; kept in between {work.kept_bytes / MIB:.2f} MiB, at "
+            f"most {work.peak_bytes / MIB:.2f}; all logits take {logits / MIB:.2f}, their gradients as much",
             figures=figures,
             # The masks are as likely as the plain joint network's, but they are others.
             numerics="changes" if pruned or self._loss.dropout else None,

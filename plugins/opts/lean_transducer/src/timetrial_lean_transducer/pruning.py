@@ -1,13 +1,13 @@
 """Which few places of each frame are worth the joint network: "Pruned RNN-T for fast, memory-efficient ASR training",
 Kuang et al., arXiv:2206.13236.
 
-A simple joint, whose logits are a sum of one vector a frame and one a place, needs no vector a cell: the normaliser of its
-softmax is a matrix product of exponentials,
+A simple joint, whose logits are a sum of one vector a frame and one a place, needs no vector a cell: the normaliser of
+its softmax is a matrix product of exponentials,
 
     log(sum over v of exp(a_tv + c_uv)) = log((exp(a) exp(c)^T)_tu).
 
-Its posteriors choose `span` neighbouring places of each frame, and the joint network is computed in these only. Here the
-simple joint is the workload's own joint network without its ReLU: a = weight e, c = weight p + bias. So it has no
+Its posteriors choose `span` neighbouring places of each frame, and the joint network is computed in these only. Here
+the simple joint is the workload's own joint network without its ReLU: a = weight e, c = weight p + bias. So it has no
 parameters of its own, which optimizer, checkpoints and evaluation would have to know; the paper's has two projections.
 
 Letters: as in joint.py; S places of a span, P places where a span can begin.
@@ -22,14 +22,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timetrial_lean_transducer.joint import Inputs, Settings
 from timetrial_lean_transducer.lattice import Cells, posteriors
 
 
-def simple_scores(
-    encoded_BTJ: Tensor, predicted_BWJ: Tensor, weight_VJ: Tensor, bias_V: Tensor, targets_BW: Tensor, blank: int,
-    low: torch.dtype, wide: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The simple joint's log-probabilities (B, T, W) of blank and next label, in `wide`; its products are in `low`."""
+def prune(inputs: Inputs, cells: Cells, span: int, settings: Settings) -> tuple[Tensor, Cells]:
+    """The simple joint's loss (B,) in nats, and the `cells` that it leaves."""
+    scores = simple_scores(inputs, settings)
+    packed = (t.flatten().index_select(0, cells.number_N) for t in scores)
+    simple_B, *found = PathLoss.apply(*packed, cells)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+    by_blank_BTW, by_label_BTW = (torch.zeros_like(scores[0]).put_(cells.number_N, t) for t in found)
+    first_BT = first_places(by_blank_BTW, by_label_BTW, span, cells.frames_B, cells.labels_B)
+    return simple_B, pruned(cells, first_BT, span)
+
+
+def simple_scores(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The simple joint's log-probabilities (B, T, W) of blank and next label."""
+    encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW = inputs
+    low, wide, blank = settings.low, settings.wide, settings.blank
     weight_VJ = weight_VJ.to(low)
     by_frame_BTV = F.linear(encoded_BTJ.to(low), weight_VJ).to(wide)
     by_place_BWV = F.linear(predicted_BWJ.to(low), weight_VJ, bias_V.to(low)).to(wide)
@@ -73,8 +83,8 @@ def first_places(by_blank_BTW: Tensor, by_label_BTW: Tensor, span: int, frames_B
     """Where each frame's span begins, int64 (B, T): section 3.3 of the paper.
 
     A span is worth the posterior of the paths that leave its frame from inside it, less those that enter it from below.
-    Where the best spans leave no path (which begins at place 0, ends at the last, never goes back, and needs a place that
-    this frame's span and the next one's share), they are moved.
+    Where the best spans leave no path (which begins at place 0, ends at the last, never goes back, and needs a place
+    that this frame's span and the next one's share), they are moved.
     """
     *_, frames, places = by_blank_BTW.shape
     if span >= places:
