@@ -123,8 +123,8 @@ def _scores(inputs: Inputs, cells: Cells, settings: Settings) -> tuple[Tensor, T
     blank_N = inputs.encoded_BTJ.new_empty(len(cells), dtype=settings.wide)
     label_N = torch.empty_like(blank_N)
     for part_C, mask_CJ in joint.chunks(everything_N):
-        chunk = joint.forward(cells.number_N[part_C], mask_CJ)
-        scores_CV = torch.log_softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.room_CV)
+        chunk = joint.forward(cells.number_N.index_select(0, part_C), mask_CJ)
+        scores_CV = torch.log_softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.spare_CV)
         blank_N[part_C] = scores_CV[:, settings.blank]
         label_N[part_C] = scores_CV.gather(1, chunk.target_C1).squeeze(1)
     return blank_N, label_N
@@ -141,8 +141,8 @@ def _gradients(
     done = 0
     for part_C, mask_CJ in joint.chunks(needed_K):
         blank_C1, label_C1 = leaving_2K[:, done : (done := done + len(part_C)), None]
-        chunk = joint.forward(cells.number_N[part_C], mask_CJ)
-        grad_CV = torch.softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.room_CV)
+        chunk = joint.forward(cells.number_N.index_select(0, part_C), mask_CJ)
+        grad_CV = torch.softmax(chunk.logits_CV, 1, dtype=settings.wide, out=chunk.spare_CV)
         grad_CV *= blank_C1 + label_C1
         grad_CV[:, settings.blank, None] -= blank_C1
         grad_CV.scatter_add_(1, chunk.target_C1, -label_C1)
@@ -152,9 +152,10 @@ def _gradients(
             grad_weight_VJ.addmm_(grad_CV.t(), chunk.hidden_CJ)
         else:  # chunks are summed in the weight's own precision
             grad_weight_VJ += grad_CV.t() @ chunk.hidden_CJ
-        grad_CJ = grad_CV @ joint.weight_VJ
+        grad_CJ = torch.mm(grad_CV, joint.weight_VJ, out=chunk.spare_CJ.to(settings.low))
         # Where h is zero, the ReLU or the dropout has stopped it; elsewhere the dropout has scaled it.
-        grad_CJ = torch.ops.aten.threshold_backward(grad_CJ, chunk.hidden_CJ, 0).to(settings.wide).mul_(joint.scale)
+        torch.ops.aten.threshold_backward.grad_input(grad_CJ, chunk.hidden_CJ, 0, grad_input=grad_CJ)
+        grad_CJ = grad_CJ.to(settings.wide).mul_(joint.scale)
         grad_encoded_RJ.index_add_(0, chunk.frame_C, grad_CJ)
         grad_predicted_RJ.index_add_(0, chunk.place_C, grad_CJ)
     grad_encoded_BTJ = grad_encoded_RJ.view_as(encoded_BTJ).to(encoded_BTJ.dtype)
@@ -174,10 +175,12 @@ class _Chunk:
     """Rows of `predicted`."""
     target_C1: Tensor
     hidden_CJ: Tensor
+    """This and what follows live until the next chunk."""
     logits_CV: Tensor
-    """Until the next chunk."""
-    room_CV: Tensor
-    """Of the logits' shape, for their softmax; until the next chunk."""
+    spare_CJ: Tensor
+    """Room for what has the shape of the hidden values."""
+    spare_CV: Tensor
+    """Room for what has the shape of the logits."""
 
 
 class _Joint:
@@ -192,9 +195,11 @@ class _Joint:
         self.weight_VJ, self.bias_V = weight_VJ.to(settings.low), bias_V.to(settings.low)
         self.target_R1 = targets_BW.reshape(-1, 1)
         self.scale = 1 / (1 - settings.dropout) if settings.dropout < 1 else 0.0
-        size = (min(settings.chunk, cells), len(bias_V))
-        self.logits_CV = self.weight_VJ.new_empty(size)
-        self.room_CV = self.weight_VJ.new_empty(size, dtype=settings.wide)
+        chunk = min(settings.chunk, cells)
+        hidden_CJ = encoded_BTJ.new_empty(chunk, weight_VJ.shape[1])
+        logits_CV = self.weight_VJ.new_empty(chunk, len(weight_VJ))
+        spare_CV = torch.empty_like(logits_CV, dtype=settings.wide)
+        self.buffers = hidden_CJ, torch.empty_like(hidden_CJ), logits_CV, spare_CV
 
     def chunks(self, wanted_K: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """`wanted_K`, ascending places in the list of cells, in chunks, with the dropout mask of each.
@@ -212,17 +217,20 @@ class _Joint:
             mask_CJ = self.rows[0].new_empty(min(size, cells - start), self.rows[0].shape[1])
             mask_CJ.bernoulli_(1 - self.settings.dropout, generator=generator).mul_(self.scale)
             part_C = wanted_K[first:end]
-            yield part_C, mask_CJ[part_C - start]
+            yield part_C, mask_CJ.index_select(0, part_C - start)
 
     def forward(self, number_C: Tensor, mask_CJ: Tensor | None) -> _Chunk:
         """The joint's output in the cells with these numbers."""
         encoded_RJ, predicted_RJ = self.rows
         frame_C = number_C // self.places
         place_C = frame_C // self.frames * self.places + number_C % self.places
-        hidden_CJ = (encoded_RJ[frame_C] + predicted_RJ[place_C]).relu_()
+        hidden_CJ, spare_CJ, logits_CV, spare_CV = (t[: len(number_C)] for t in self.buffers)
+        # index_select: on a CPU six times as fast as indexing.
+        torch.index_select(encoded_RJ, 0, frame_C, out=hidden_CJ)
+        hidden_CJ.add_(torch.index_select(predicted_RJ, 0, place_C, out=spare_CJ)).relu_()
         if mask_CJ is not None:
             hidden_CJ *= mask_CJ
         hidden_CJ = hidden_CJ.to(self.settings.low)
-        logits_CV, room_CV = self.logits_CV[: len(number_C)], self.room_CV[: len(number_C)]
         torch.addmm(self.bias_V, hidden_CJ, self.weight_VJ.t(), out=logits_CV)
-        return _Chunk(frame_C, place_C, self.target_R1[place_C], hidden_CJ, logits_CV, room_CV)
+        target_C1 = self.target_R1.index_select(0, place_C)
+        return _Chunk(frame_C, place_C, target_C1, hidden_CJ, logits_CV, spare_CJ, spare_CV)

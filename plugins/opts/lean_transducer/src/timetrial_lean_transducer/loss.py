@@ -17,8 +17,9 @@ from timetrial_lean_transducer.lattice import all_cells
 from timetrial_lean_transducer.memory import PeakMemory
 from timetrial_lean_transducer.pruning import least_span, prune
 
-CPU_CHUNK, CHUNK = 512, 16384
-"""Cells of a chunk: on a CPU small enough for its caches, elsewhere large enough to fill the device."""
+CPU_CHUNK_BYTES, CHUNK_BYTES = 2 * 2**20, 64 * 2**20
+"""What a chunk's logits (or hidden values, where they are wider) may take: on a CPU, what its caches hold; elsewhere
+enough to fill the device."""
 
 
 class LeanLoss:
@@ -72,11 +73,12 @@ class LeanLoss:
 
     def _settings(self, joint: Any, encoded: Tensor) -> Settings:
         device = encoded.device.type
+        room = CPU_CHUNK_BYTES if device == "cpu" else CHUNK_BYTES
         dropout = joint.dropout.p if joint.dropout.training else 0.0
         self.dropout |= dropout > 0
         return Settings(
             blank=joint.blank,
-            chunk=self.chunk or (CPU_CHUNK if device == "cpu" else CHUNK),
+            chunk=self.chunk or max(1, room // (4 * max(joint.output.weight.shape))),
             negligible=self.negligible,
             dropout=dropout,
             seed=int(torch.randint(2**62, ())) if dropout else 0,  # the host's generator, which checkpoints carry
