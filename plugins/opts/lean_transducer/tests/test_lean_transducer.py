@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
+from core.errors import UsageError
 from core.testing.cli import run_cli
 from timetrial_lean_transducer.loss import LeanLoss
 from timetrial_lean_transducer.plugin import LeanTransducer, LeanTransducerConfig
@@ -253,13 +255,21 @@ def test_memory_does_not_grow_with_the_vocabulary_times_the_cells() -> None:
 
 
 def opt(**changes: Any) -> LeanTransducer:
-    config = {"mode": "exact", "chunk": None, "negligible": 1e-9, "prune_range": 5, "simple_scale": 0.5, **changes}
+    config = {
+        "mode": "exact",
+        "chunk": None,
+        "negligible": 1e-9,
+        "prune_range": 5,
+        "simple_scale": 0.5,
+        "recursion": "torch",
+        **changes,
+    }
     return LeanTransducer(LeanTransducerConfig(**config))
 
 
 def replaced(plugin: LeanTransducer) -> LeanLoss:
     """What the hook makes of the workload's default."""
-    wrapper = plugin.component("rnnt.loss")
+    wrapper = plugin.component(SimpleNamespace(device=torch.device("cpu")), "rnnt.loss")
     next(wrapper)
     with pytest.raises(StopIteration) as end:
         wrapper.send(torchaudio_loss)
@@ -309,3 +319,10 @@ def test_pruning_and_dropout_are_declared_to_change_the_numbers() -> None:
 def test_a_workload_without_the_seam_is_refused(tmp_path: Path) -> None:
     refused = run_cli("workload=toy", "+opt=lean_transducer", run_dir=tmp_path / "run").expect(2)
     assert "replaces rnnt.loss, which workload 'toy' does not offer" in refused.stderr
+
+
+def test_the_triton_kernel_is_refused_where_there_is_no_gpu() -> None:
+    wrapper = opt(recursion="triton").component(SimpleNamespace(device=torch.device("cpu")), "rnnt.loss")
+    next(wrapper)
+    with pytest.raises(UsageError, match="recursion=triton needs a GPU"):
+        wrapper.send(torchaudio_loss)

@@ -43,7 +43,8 @@ def simple_loss(made: tuple, span: int = 3) -> Tensor:
     inputs = Inputs(encoded, predicted, *joint.output.parameters(), nn.functional.pad(labels, (0, 1)))
     cells = all_cells(encoded.shape[1], predicted.shape[1], frames, label_lengths)
     chosen = Settings(
-        blank=joint.blank, chunk=16, negligible=0, dropout=0, seed=0, low=encoded.dtype, wide=encoded.dtype
+        blank=joint.blank, chunk=16, negligible=0, dropout=0, seed=0, low=encoded.dtype, wide=encoded.dtype,
+        recursion="torch",
     )  # fmt: skip
     return prune(inputs, cells, span, chosen)[0]
 

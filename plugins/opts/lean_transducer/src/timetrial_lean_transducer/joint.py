@@ -52,6 +52,8 @@ class Settings:
     """Of the matrix products: autocast's, or the inputs' own."""
     wide: torch.dtype
     """Of everything else."""
+    recursion: str
+    """"torch" or "triton": which implementation goes through the lattice."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class _JointLoss(torch.autograd.Function):
         cells: Cells, settings: Settings, work: Work, memory: PeakMemory | None,
     ) -> Tensor:  # fmt: skip
         inputs = Inputs(encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW)
-        likelihood_B, by_blank_N, by_label_N = posteriors(*_scores(inputs, cells, settings), cells)
+        likelihood_B, by_blank_N, by_label_N = posteriors(*_scores(inputs, cells, settings), cells, settings.recursion)
         passing_N = by_blank_N + by_label_N
         needed_K = (~(passing_N < settings.negligible)).nonzero().squeeze(1)  # NaN too, which must not go unseen
         leaving_2K = torch.stack([by_blank_N[needed_K], by_label_N[needed_K]]).to(settings.wide)

@@ -44,7 +44,18 @@ def all_cells(frames: int, places: int, frames_B: Tensor, labels_B: Tensor) -> C
     return Cells(used_BTW.flatten().nonzero().squeeze(1), frames, places, frames_B, labels_B)
 
 
-def posteriors(blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
+def descend(scores_DC: Tensor, arrows_D2C: Tensor, places: int) -> None:
+    """Fills the rows of `scores_DC` from the first one on, which `posteriors` explains, and adds to each arrow's
+    log-probability the score that it comes from. Column 0 stands left of the first; `places` columns are a lattice."""
+    windows_D2C = scores_DC.unfold(1, arrows_D2C.shape[2], 1)  # a row beside itself, shifted by one
+    for arrows_2C, window_2C, below_C in zip(arrows_D2C, windows_D2C, scores_DC[1:, 1:], strict=False):
+        arrows_2C += window_2C  # from the left by a label, from above by a blank
+        torch.logaddexp(*arrows_2C, out=below_C)
+
+
+def posteriors(
+    blank_N: Tensor, label_N: Tensor, cells: Cells, recursion: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-likelihood (B,) of the labels, and the probabilities (N,) that the path leaves a cell by its blank or label.
 
     `blank_N` and `label_N` are log-probabilities; at an utterance's last place, the label's is not used. All results
@@ -74,14 +85,15 @@ def posteriors(blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, 
     by_blank_DC[back_N, back_column_N] = blank_N
     by_label_DC[back_N, back_column_N] = label_N
 
-    scores_DC = arrows_D2C.new_full((rows, 1 + 2 * width), -torch.inf)  # column 0 stands left of the first
+    scores_DC = arrows_D2C.new_full((rows, 1 + 2 * width), -torch.inf)
     first_B = torch.arange(batch, device=blank_N.device) * cells.places
     scores_DC[0, 1 + first_B] = scores_DC[0, 1 + width + first_B] = 0
-    # Row by row: from the left by a label, from above by a blank. The window is the row beside itself, shifted by one.
-    windows_D2C = scores_DC.unfold(1, 2 * width, 1)
-    for arrows_2C, window_2C, below_C in zip(arrows_D2C, windows_D2C, scores_DC[1:, 1:], strict=False):
-        arrows_2C += window_2C
-        torch.logaddexp(*arrows_2C, out=below_C)
+    if recursion == "triton":
+        from timetrial_lean_transducer.kernel import descend as descend_on_gpu
+
+        descend_on_gpu(scores_DC, arrows_D2C, cells.places)
+    else:
+        descend(scores_DC, arrows_D2C, cells.places)
 
     likelihood_B = scores_DC[end_B, 1 + first_B + cells.labels_B]
     until_N = scores_DC[row_N, 1 + column_N] - likelihood_B[utterance_N]

@@ -31,9 +31,11 @@ class LeanLoss:
     """
 
     def __init__(
-        self, *, chunk: int | None = None, negligible: float = 0.0, span: int | None = None, simple_scale: float = 0.5
-    ) -> None:
+        self, *, chunk: int | None = None, negligible: float = 0.0, span: int | None = None, simple_scale: float = 0.5,
+        recursion: str = "torch",
+    ) -> None:  # fmt: skip
         self.chunk, self.negligible, self.span, self.simple_scale = chunk, negligible, span, simple_scale
+        self.recursion = recursion
         self.work = Work()
         self.logits_bytes = 0
         """What all logits of the first call for training take; their gradients take as much again."""
@@ -84,4 +86,5 @@ class LeanLoss:
             seed=int(torch.randint(2**62, ())) if dropout else 0,  # the host's generator, which checkpoints carry
             low=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else encoded.dtype,
             wide=torch.promote_types(encoded.dtype, torch.float32),
+            recursion=self.recursion,
         )

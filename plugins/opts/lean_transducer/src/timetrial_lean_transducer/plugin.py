@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from core.config import checked
+from core.errors import UsageError
 from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin
+from core.types import Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
     from timetrial_lean_transducer.loss import LeanLoss
@@ -31,6 +33,8 @@ class LeanTransducerConfig:
     """Pruned: places of each frame."""
     simple_scale: float = checked(at_least=0)
     """Pruned: weight of the simple joint's loss."""
+    recursion: str = checked(choices=("torch", "triton"))
+    """What goes through the lattice: torch's operations, anywhere, or one Triton kernel, on an NVIDIA GPU."""
 
 
 class LeanTransducer(Plugin):
@@ -48,15 +52,19 @@ class LeanTransducer(Plugin):
     _loss: LeanLoss | None = None
 
     @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
+    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
         inner = yield
         if name != COMPONENT:
             return inner
+        if self.config.recursion == "triton" and (ctx.device.type != "cuda" or not find_spec("triton")):
+            raise UsageError("opt.lean_transducer.recursion=triton needs a GPU and the package triton: use torch")
         from timetrial_lean_transducer.loss import LeanLoss
 
         c = self.config
         span = c.prune_range if c.mode == "pruned" else None
-        self._loss = LeanLoss(chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale)
+        self._loss = LeanLoss(
+            chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale, recursion=c.recursion
+        )  # fmt: skip
         return self._loss
 
     @hookimpl

@@ -30,8 +30,11 @@ def prune(inputs: Inputs, cells: Cells, span: int, settings: Settings) -> tuple[
     """The simple joint's loss (B,) in nats, and the `cells` that it leaves."""
     scores = simple_scores(inputs, settings)
     packed = (t.flatten().index_select(0, cells.number_N) for t in scores)
-    simple_B, *found = PathLoss.apply(*packed, cells)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
-    by_blank_BTW, by_label_BTW = (torch.zeros_like(scores[0]).put_(cells.number_N, t) for t in found)
+    simple_B, *found = PathLoss.apply(*packed, cells, settings.recursion)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
+    by_blank_BTW, by_label_BTW = (
+        torch.zeros_like(t_BTW).flatten().index_copy_(0, cells.number_N, t_N).view_as(t_BTW)
+        for t_BTW, t_N in zip(scores, found, strict=True)
+    )
     first_BT = first_places(by_blank_BTW, by_label_BTW, span, cells.frames_B, cells.labels_B)
     return simple_B, pruned(cells, first_BT, span)
 
@@ -55,11 +58,13 @@ def simple_scores(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 class PathLoss(torch.autograd.Function):
-    """`apply(blank_N, label_N, cells)`: losses (B,) in nats and, without gradient, the posteriors of both arrows."""
+    """`apply(blank_N, label_N, cells, recursion)`: losses (B,) in nats, and the posteriors, without gradient."""
 
     @staticmethod
-    def forward(ctx: Any, blank_N: Tensor, label_N: Tensor, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
-        likelihood_B, *found = posteriors(blank_N, label_N, cells)
+    def forward(
+        ctx: Any, blank_N: Tensor, label_N: Tensor, cells: Cells, recursion: str
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        likelihood_B, *found = posteriors(blank_N, label_N, cells, recursion)
         by_blank_N, by_label_N = (t.to(blank_N.dtype) for t in found)
         ctx.save_for_backward(by_blank_N, by_label_N)
         ctx.cells = cells
@@ -71,7 +76,7 @@ class PathLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_B: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         by_blank_N, by_label_N = ctx.saved_tensors
         scale_N = -grad_B[ctx.cells.coordinates[0]]
-        return by_blank_N * scale_N, by_label_N * scale_N, None
+        return by_blank_N * scale_N, by_label_N * scale_N, None, None
 
 
 def least_span(cells: Cells) -> int:
@@ -89,8 +94,7 @@ def first_places(by_blank_BTW: Tensor, by_label_BTW: Tensor, span: int, frames_B
     *_, frames, places = by_blank_BTW.shape
     if span >= places:
         return labels_B.new_zeros(len(labels_B), frames)
-    sums_BTW = F.pad(by_blank_BTW.double().cumsum(2), (1, 0))
-    inside_BTP = sums_BTW[:, :, span:] - sums_BTW[:, :, :-span]
+    inside_BTP = by_blank_BTW.unfold(2, span, 1).sum(3)
     entering_BTP = F.pad(by_label_BTW, (1, 0))[:, :, : places - span + 1]
     last_B1 = (labels_B + 1 - span).clamp_min(0)[:, None]
     beyond_BP = torch.arange(places - span + 1, device=labels_B.device) > last_B1
