@@ -66,7 +66,7 @@ def make_loss(contender: str) -> tuple[Callable[..., Any], Callable[[], float | 
     return loss, lambda: loss.work.revisited / loss.work.padded
 
 
-def example(shape: tuple[int, ...], width: int, lengths: str, device: str) -> tuple[Any, ...]:
+def example(contender: str, shape: tuple[int, ...], width: int, lengths: str, device: str) -> tuple[Any, ...]:
     """Joint network, encoded, predicted, labels and both lengths; ragged lengths lie between half and full."""
     import torch
     from torch import nn
@@ -76,6 +76,10 @@ def example(shape: tuple[int, ...], width: int, lengths: str, device: str) -> tu
     joint = nn.Module()
     joint.activation, joint.dropout = nn.ReLU(), nn.Dropout(0.0)
     joint.output, joint.blank = nn.Linear(width, vocabulary), vocabulary - 1
+    if contender == "pruned":
+        from timetrial_lean_transducer.pruning import SimpleJoint
+
+        joint.simple = SimpleJoint(width, vocabulary, seed=0)
     encoded, predicted = (torch.randn(batch, n, width, device=device) for n in (frames, labels + 1))
     said = torch.randint(vocabulary - 1, (batch, labels), device=device)
     share = torch.linspace(0.5, 1, batch) if lengths == "ragged" else torch.ones(batch)
@@ -88,7 +92,7 @@ def once(loss: Callable[..., Any], inputs: tuple[Any, ...], device: str) -> floa
     import torch
 
     start = time.perf_counter()
-    torch.autograd.grad(loss(*inputs).sum(), [inputs[1], inputs[2], *inputs[0].output.parameters()])
+    torch.autograd.grad(loss(*inputs).sum(), [inputs[1], inputs[2], *inputs[0].parameters()])
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -106,8 +110,10 @@ def serve(contender: str, shape: tuple[int, ...], width: int, lengths: str, devi
 
     torch.set_num_threads(1)
     loss, revisited = make_loss(contender)
-    once(loss, example(SMALL, width, "full", device), device)  # the only one whose memory the opt's evidence measures
-    inputs = example(shape, width, lengths, device)
+    once(
+        loss, example(contender, SMALL, width, "full", device), device
+    )  # the only one whose memory the opt's evidence measures
+    inputs = example(contender, shape, width, lengths, device)
     gc.collect()
     peak: int | None = None
     for _ in sys.stdin:

@@ -276,6 +276,14 @@ def replaced(plugin: LeanTransducer) -> LeanLoss:
     return end.value.value
 
 
+def prepared(plugin: LeanTransducer, ctx: Any) -> Any:
+    wrapper = plugin.prepare_model(ctx, ctx.model)
+    next(wrapper)
+    with pytest.raises(StopIteration) as end:
+        wrapper.send(ctx.model)
+    return end.value.value
+
+
 def test_without_a_call_for_training_there_is_no_evidence() -> None:
     plugin = opt()
     assert not plugin.verify().active
@@ -309,11 +317,27 @@ def test_where_nothing_is_saved_there_is_no_evidence() -> None:
     assert not plugin.verify().active
 
 
-def test_pruning_and_dropout_are_declared_to_change_the_numbers() -> None:
-    for changes, dropout in (({"mode": "pruned"}, 0.0), ({}, 0.2)):
-        plugin = opt(**changes)
-        with_gradients(replaced(plugin), example([(10, 4)], vocabulary=400, dropout=dropout))
-        assert plugin.verify().numerics == "changes"
+def test_dropout_is_declared_to_change_the_numbers() -> None:
+    with_gradients(replaced(plugin := opt()), example([(10, 4)], vocabulary=400, dropout=0.2))
+    assert plugin.verify().numerics == "changes"
+
+
+def test_pruning_gives_the_model_a_simple_joint_and_declares_that_it_changes_the_numbers() -> None:
+    made = example([(10, 4)], vocabulary=400)
+    model = nn.ModuleDict({"joint": made[0]})
+    ctx = SimpleNamespace(device=torch.device("cpu"), model=model, seed_for=lambda *_: 1)
+    for mode, parameters in (("exact", 2), ("pruned", 5)):
+        loss = replaced(plugin := opt(mode=mode))
+        prepared(plugin, ctx)
+        assert len(list(model.parameters())) == parameters
+        with_gradients(loss, made)
+        assert plugin.verify().numerics == (None if mode == "exact" else "changes")
+
+
+def test_pruning_is_refused_where_the_joint_network_cannot_be_found() -> None:
+    ctx = SimpleNamespace(device=torch.device("cpu"), model=nn.Linear(2, 2), seed_for=lambda *_: 1)
+    with pytest.raises(UsageError, match="mode=pruned: the model has 0 modules"):
+        prepared(opt(mode="pruned"), ctx)
 
 
 def test_a_workload_without_the_seam_is_refused(tmp_path: Path) -> None:

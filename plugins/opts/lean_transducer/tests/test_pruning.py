@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
-from timetrial_lean_transducer.joint import Inputs, Settings
+from timetrial_lean_transducer.joint import Settings
 from timetrial_lean_transducer.lattice import all_cells
 from timetrial_lean_transducer.loss import LeanLoss
-from timetrial_lean_transducer.pruning import first_places, least_span, prune
+from timetrial_lean_transducer.pruning import SimpleJoint, first_places, least_span, prune
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=4)
 
@@ -20,6 +20,7 @@ class Joint(nn.Module):
     def __init__(self, width: int, vocabulary: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.dropout, self.output = nn.Dropout(0.0), nn.Linear(width, vocabulary, dtype=dtype)
+        self.simple = SimpleJoint(width, vocabulary, seed=0).to(dtype)
         self.blank = vocabulary - 1
 
 
@@ -40,28 +41,27 @@ def example(lengths: list[tuple[int, int]], dtype: torch.dtype = torch.float32, 
 
 def simple_loss(made: tuple, span: int = 3) -> Tensor:
     joint, encoded, predicted, labels, frames, label_lengths = made
-    inputs = Inputs(encoded, predicted, *joint.output.parameters(), nn.functional.pad(labels, (0, 1)))
     cells = all_cells(encoded.shape[1], predicted.shape[1], frames, label_lengths)
     chosen = Settings(
         blank=joint.blank, chunk=16, negligible=0, dropout=0, seed=0, low=encoded.dtype, wide=encoded.dtype,
         recursion="torch",
     )  # fmt: skip
-    return prune(inputs, cells, span, chosen)[0]
+    return prune(*joint.simple(encoded, predicted), nn.functional.pad(labels, (0, 1)), cells, span, chosen)[0]
 
 
-def test_the_simple_loss_is_that_of_the_joint_without_its_relu() -> None:
+def test_the_simple_loss_is_torchaudios_on_added_logits() -> None:
     made = example([(8, 4), (5, 2), (3, 3)])
     joint, encoded, predicted, labels, frames, label_lengths = made
-    inputs = [encoded, predicted, *joint.output.parameters()]
-    logits = joint.output(encoded[:, :, None] + predicted[:, None])
+    wanting = [encoded, predicted, *joint.simple.parameters()]
+    by_frame, by_place = joint.simple(encoded, predicted)
+    lengths = frames.int(), label_lengths.int()
     expected = rnnt_loss(
-        logits, labels.int(), frames.int(), label_lengths.int(), blank=joint.blank, reduction="none"
+        by_frame[:, :, None] + by_place[:, None], labels.int(), *lengths, blank=joint.blank, reduction="none"
     )  # fmt: skip
     losses = simple_loss(made)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
-    for mine, other in zip(
-        torch.autograd.grad(losses.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
-    ):
+    gradients = (torch.autograd.grad(loss.sum(), wanting) for loss in (losses, expected))
+    for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
@@ -126,7 +126,7 @@ def test_pruned_paths_are_a_finite_part_of_all_paths(lengths: list[tuple[int, in
 def test_gradients_of_the_pruned_loss_pass_gradcheck() -> None:
     made = example([(6, 4), (4, 2)], torch.float64)
     loss = LeanLoss(span=2, chunk=8)
-    wanting = [made[1], made[2], *made[0].output.parameters()]
+    wanting = [made[1], made[2], *made[0].parameters()]
     assert torch.autograd.gradcheck(lambda *_: loss(*made), wanting)
     assert loss.work.cells < loss.work.padded
 

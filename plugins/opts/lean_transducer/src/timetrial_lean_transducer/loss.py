@@ -52,7 +52,8 @@ class LeanLoss:
         """Negative log-likelihoods (B,) in nats, float32 (float64 for float64 inputs).
 
         `encoded` (B, T, J), `predicted` (B, U + 1, J), `labels` (B, U) int64 with any padding, lengths (B,) int64;
-        `joint` has the modules `dropout` and `output` (linear, with bias) and the number `blank`.
+        `joint` has the modules `dropout` and `output` (linear, with bias) and the number `blank`, and for pruning
+        `simple`, a SimpleJoint.
         """
         padding_BW = torch.arange(predicted.shape[1], device=labels.device) >= label_lengths[:, None]
         targets_BW = F.pad(labels, (0, 1)).masked_fill(padding_BW, 0)
@@ -64,14 +65,16 @@ class LeanLoss:
         elif not self.logits_bytes:
             self.logits_bytes = padding_BW.numel() * encoded.shape[1] * len(inputs.bias_V) * settings.wide.itemsize
             memory = PeakMemory()
-        with torch.autocast(encoded.device.type, enabled=False), memory or nullcontext():
-            cells = all_cells(encoded.shape[1], predicted.shape[1], encoded_lengths, label_lengths)
-            if self.span is None:
-                return joint_loss(inputs, cells, settings, work, memory)
-            span = max(self.span, least_span(cells))
-            self.widened += span > self.span
-            simple_B, cells = prune(inputs, cells, span, settings)
-            return joint_loss(inputs, cells, settings, work, memory) + self.simple_scale * simple_B
+        with memory or nullcontext():
+            simple = joint.simple(encoded, predicted) if self.span else ()  # under autocast, as any layer
+            with torch.autocast(encoded.device.type, enabled=False):
+                cells = all_cells(encoded.shape[1], predicted.shape[1], encoded_lengths, label_lengths)
+                if self.span is None:
+                    return joint_loss(inputs, cells, settings, work, memory)
+                span = max(self.span, least_span(cells))
+                self.widened += span > self.span
+                simple_B, cells = prune(*simple, targets_BW, cells, span, settings)
+                return joint_loss(inputs, cells, settings, work, memory) + self.simple_scale * simple_B
 
     def _settings(self, joint: Any, encoded: Tensor) -> Settings:
         device = encoded.device.type

@@ -13,6 +13,8 @@ from core.hookspecs import hookimpl
 from core.types import Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from timetrial_lean_transducer.loss import LeanLoss
 
 COMPONENT = "rnnt.loss"
@@ -66,6 +68,22 @@ class LeanTransducer(Plugin):
             chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale, recursion=c.recursion
         )  # fmt: skip
         return self._loss
+
+    @hookimpl(wrapper=True)
+    def prepare_model(self, ctx: RunContext, model: nn.Module) -> Generator[None, nn.Module, nn.Module]:
+        """Gives the joint network the simple joint that pruning needs, before it is distributed: its parameters are
+        then the model's, for the optimizer, the gradient exchange and checkpoints."""
+        if self.config.mode == "pruned":
+            from timetrial_lean_transducer.pruning import SimpleJoint
+
+            joints = [m for m in ctx.model.modules() if hasattr(m, "output") and hasattr(m, "blank")]
+            if len(joints) != 1:
+                problem = f"the model has {len(joints)} modules with `output` and `blank`, and one is expected"
+                raise UsageError(f"opt.lean_transducer.mode=pruned: {problem}: use mode=exact")
+            output = joints[0].output
+            simple = SimpleJoint(output.in_features, output.out_features, ctx.seed_for("lean_transducer"))
+            joints[0].add_module("simple", simple.to(ctx.device))
+        return (yield)
 
     @hookimpl
     def verify(self) -> Evidence:

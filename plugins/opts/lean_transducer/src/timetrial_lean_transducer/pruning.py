@@ -6,9 +6,8 @@ its softmax is a matrix product of exponentials,
 
     log(sum over v of exp(a_tv + c_uv)) = log((exp(a) exp(c)^T)_tu).
 
-Its posteriors choose `span` neighbouring places of each frame, and the joint network is computed in these only. Here
-the simple joint is the workload's own joint network without its ReLU: a = weight e, c = weight p + bias. So it has no
-parameters of its own, which optimizer, checkpoints and evaluation would have to know; the paper's has two projections.
+Its posteriors choose `span` neighbouring places of each frame, and the joint network is computed in these only. The two
+projections that the simple joint consists of are trained by its own loss, which is added to the other.
 
 Letters: as in joint.py; S places of a span, P places where a span can begin.
 """
@@ -19,16 +18,32 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timetrial_lean_transducer.joint import Inputs, Settings
+from timetrial_lean_transducer.joint import Settings
 from timetrial_lean_transducer.lattice import Cells, posteriors
 
 
-def prune(inputs: Inputs, cells: Cells, span: int, settings: Settings) -> tuple[Tensor, Cells]:
-    """The simple joint's loss (B,) in nats, and the `cells` that it leaves."""
-    scores = simple_scores(inputs, settings)
+class SimpleJoint(nn.Module):
+    """Encoded frames (B, T, J) and predicted places (B, W, J) to the logits (B, T, V) and (B, W, V) that are added."""
+
+    def __init__(self, width: int, vocabulary: int, seed: int) -> None:
+        super().__init__()
+        self.by_frame, self.by_place = nn.Linear(width, vocabulary, bias=False), nn.Linear(width, vocabulary)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():  # torch's usual distribution
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
+
+    def forward(self, encoded_BTJ: Tensor, predicted_BWJ: Tensor) -> tuple[Tensor, Tensor]:
+        return self.by_frame(encoded_BTJ), self.by_place(predicted_BWJ)
+
+
+def prune(
+    by_frame_BTV: Tensor, by_place_BWV: Tensor, targets_BW: Tensor, cells: Cells, span: int, settings: Settings
+) -> tuple[Tensor, Cells]:
+    """The simple joint's loss (B,) in nats, of its logits, and the `cells` that it leaves."""
+    scores = simple_scores(by_frame_BTV.to(settings.wide), by_place_BWV.to(settings.wide), targets_BW, settings.blank)
     packed = (t.flatten().index_select(0, cells.number_N) for t in scores)
     simple_B, *found = PathLoss.apply(*packed, cells, settings.recursion)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
     by_blank_BTW, by_label_BTW = (
@@ -39,18 +54,13 @@ def prune(inputs: Inputs, cells: Cells, span: int, settings: Settings) -> tuple[
     return simple_B, pruned(cells, first_BT, span)
 
 
-def simple_scores(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The simple joint's log-probabilities (B, T, W) of blank and next label."""
-    encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW = inputs
-    low, wide, blank = settings.low, settings.wide, settings.blank
-    weight_VJ = weight_VJ.to(low)
-    by_frame_BTV = F.linear(encoded_BTJ.to(low), weight_VJ).to(wide)
-    by_place_BWV = F.linear(predicted_BWJ.to(low), weight_VJ, bias_V.to(low)).to(wide)
+def simple_scores(by_frame_BTV: Tensor, by_place_BWV: Tensor, targets_BW: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T, W) of blank and next label, where logits are a sum."""
     largest_BT1 = by_frame_BTV.detach().amax(2, keepdim=True)
     largest_BW1 = by_place_BWV.detach().amax(2, keepdim=True)
     sums_BTW = (by_frame_BTV - largest_BT1).exp() @ (by_place_BWV - largest_BW1).exp().mT
     # Where each favours what the other excludes, the product underflows; its logarithm must stay finite.
-    norm_BTW = sums_BTW.clamp_min(torch.finfo(wide).tiny).log() + largest_BT1 + largest_BW1.mT
+    norm_BTW = sums_BTW.clamp_min(torch.finfo(sums_BTW.dtype).tiny).log() + largest_BT1 + largest_BW1.mT
     blank_BTW = by_frame_BTV[:, :, blank, None] + by_place_BWV[:, None, :, blank] - norm_BTW
     index_BTW = targets_BW[:, None].expand_as(norm_BTW)
     label_BTW = by_frame_BTV.gather(2, index_BTW) + by_place_BWV.gather(2, targets_BW[:, :, None]).mT - norm_BTW
