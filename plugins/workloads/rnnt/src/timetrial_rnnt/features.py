@@ -72,7 +72,12 @@ def change_speed(audio: NDArray[np.float32], percent: int) -> NDArray[np.float32
     """Spoken at so many percent of its speed, and pitch: resampled."""
     if percent == 100:
         return audio
-    return torchaudio.functional.resample(torch.from_numpy(audio), percent, 100).numpy()
+    return _resampler(percent)(torch.from_numpy(audio)).numpy()
+
+
+@cache
+def _resampler(percent: int) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(percent, 100)
 
 
 def log_mel(audio_BS: Tensor, lengths: Tensor, bands: int) -> tuple[Tensor, Tensor]:
