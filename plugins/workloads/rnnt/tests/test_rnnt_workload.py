@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.errors import UsageError
 from core.testing.cli import run_cli
 from timetrial_rnnt.workload import METRIC, RnntWorkload
 
@@ -122,6 +123,15 @@ def test_a_closed_run_logs_every_key_and_tensor_of_the_rules(prepared: Path, tmp
     assert sorted(tensors) == sorted(
         re.findall(r"'(\w+)'", re.findall(r"== sorted\((.*)\)", (RULES / "closed_rnnt.yaml").read_text())[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("vocab_size=27", "needs workload.vocab_size=28"), ("speed_min=1.2", "is above workload.speed_max=1.15")],
+)
+def test_settings_that_contradict_each_other_are_refused(make: MakeWorkload, override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make("rnnt", override)
 
 
 @pytest.mark.convergence

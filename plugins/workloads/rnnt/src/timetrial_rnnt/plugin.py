@@ -24,7 +24,7 @@ class RnntConfig:
     """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
     `core.prepare` wrote to data.root."""
     tokens: str = checked(choices=("letters", "sentencepieces"))
-    """For `core.prepare`, what transcripts are made of; the embedded digits are letters."""
+    """What transcripts are made of; must agree with the preparation. The embedded digits are spelt in letters."""
     vocab_size: int = checked(at_least=2, at_most=65535)
     """Tokens, the blank not counted."""
     sentencepiece_model: str | None

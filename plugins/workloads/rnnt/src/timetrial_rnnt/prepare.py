@@ -37,6 +37,8 @@ LAYOUT = "lay it out as LibriSpeech: train-clean-100/<speaker>/<chapter>/*.flac 
 
 def run(preparation: Preparation, config: RnntConfig) -> dict[str, int]:
     """The hook `prepare`. Returns counts of what was made."""
+    if config.tokens == "letters" and config.vocab_size != len(LETTERS):
+        raise DataError(f"workload.tokens=letters needs workload.vocab_size={len(LETTERS)}")
     chapters = {part: _chapters(preparation.source, part, config.eval_folder) for part in ("train", "eval")}
     jobs = [
         (f"{part}/{number:05d}.pcm", (chapter, config.max_duration if part == "train" else None))

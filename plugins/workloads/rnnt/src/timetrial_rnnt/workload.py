@@ -14,6 +14,7 @@ from mlperf_logging.mllog import constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from core.errors import UsageError
 from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, model
 from timetrial_rnnt.batch import Corpus, Reader
@@ -22,6 +23,7 @@ from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.loss import transducer_loss
 from timetrial_rnnt.optim import LAMB, Schedule
 from timetrial_rnnt.spoken import SpokenDigits
+from timetrial_rnnt.text import Letters
 
 if TYPE_CHECKING:
     from timetrial_rnnt.plugin import RnntConfig
@@ -34,6 +36,10 @@ class RnntWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: RnntConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
+        if config.speed_min > config.speed_max:
+            raise UsageError(f"workload.speed_min={config.speed_min} is above workload.speed_max={config.speed_max}")
+        if config.tokens == "letters" and config.vocab_size != Letters.size:
+            raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
         self.targets = [Target(METRIC, config.target, higher_is_better=False)]
         self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
