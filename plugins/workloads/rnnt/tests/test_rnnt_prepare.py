@@ -190,12 +190,13 @@ def test_real_speech_is_prepared_trained_on_for_an_epoch_and_evaluated(
 def test_real_speech_is_learned_and_the_official_checker_passes_its_log(
     prepare_speech: PrepareSpeech, real_speech: Path, tmp_path: Path
 ) -> None:
-    assert prepare_speech(real_speech, tmp_path / "out", "workload.vocab_size=27").returncode == 0
+    letters = ("workload.tokens=letters", "workload.vocab_size=28")
+    assert prepare_speech(real_speech, tmp_path / "out", *letters).returncode == 0
     small = ("encoder_hidden=192", "predictor_hidden=96", "joint_hidden=128", "pre_layers=1", "post_layers=1")
     plain = ("encoder_dropout=0", "predictor_dropout=0", "joint_dropout=0", "predictor_layers=1", "init_scale=1")
     fast = ("global_batch_size=8", "base_learning_rate=0.01", "warmup_epochs=1", "beta_2=0.99", "ema=0.98")
     outcome = run_cli(
-        "workload=rnnt_mlperf", f"data.root={tmp_path / 'out'}", "stop.epochs=6", "workload.vocab_size=27",
+        "workload=rnnt_mlperf", f"data.root={tmp_path / 'out'}", "stop.epochs=6", *letters,
         *(f"workload.{setting}" for setting in (*small, *plain, *fast)), run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
     assert outcome.result["quality"]["word_error_rate"] < 1
