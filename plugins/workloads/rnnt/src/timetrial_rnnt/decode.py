@@ -17,6 +17,7 @@ WINDOW = 8
 """Frames whose best classes are computed together: most are the blank, which does not move the prediction network."""
 
 
+@torch.compiler.disable  # how many turns it takes depends on what is heard
 def greedy(
     prediction: Prediction,
     joint: Joint,
@@ -40,8 +41,10 @@ def greedy(
     ahead = torch.arange(WINDOW, device=device)
     output, state = prediction.rnn(encoded_BTJ.new_zeros(size, 1, prediction.embed.embedding_dim))
     predicted = joint.predictor_projection(output)
-    while bool(((at < lengths) & (counts < max_symbols)).any()):
+    while True:
         active = (at < lengths) & (counts < max_symbols)
+        if not active.any():
+            return symbols, counts
         window = at[:, None] + ahead
         seen = encoded_BTJ[rows[:, None], window.clamp(max=frames - 1)]
         best = joint(seen, predicted)[:, :, 0].argmax(-1)
@@ -52,11 +55,9 @@ def greedy(
         full = here >= max_per_frame
         at = torch.where(active, at + torch.where(emits, first + full, WINDOW), at)
         here = torch.where(full, 0, here)
-        symbols[rows, counts.clamp(max=max_symbols - 1)] = torch.where(
-            emits, label, symbols[rows, counts.clamp(max=max_symbols - 1)]
-        )
+        end = counts.clamp(max=max_symbols - 1)
+        symbols[rows, end] = torch.where(emits, label, symbols[rows, end])
         counts = counts + emits
         output, after = prediction.rnn(prediction.embed(label)[:, None], state)
         state = tuple(torch.where(emits[None, :, None], new, old) for new, old in zip(after, state, strict=True))
         predicted = torch.where(emits[:, None, None], joint.predictor_projection(output), predicted)
-    return symbols, counts

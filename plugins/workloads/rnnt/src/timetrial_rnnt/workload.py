@@ -176,7 +176,7 @@ class RnntWorkload:
             said = [self.corpus.transcript("eval", int(number)) for number in numbers]
             found = jiwer.process_words(said, heard)
             errors += found.substitutions + found.deletions + found.insertions
-            words += sum(len(text.split()) for text in said)
+            words += found.hits + found.substitutions + found.deletions
         counts = self.ctx.backend.all_gather([float(errors), float(words)])
         errors, words = (sum(column) for column in zip(*counts, strict=True))
         return {METRIC: errors / words}
