@@ -17,7 +17,6 @@ WINDOW = 8
 """Frames whose best classes are computed together: most are the blank, which does not move the prediction network."""
 
 
-@torch.compiler.disable  # how many turns it takes depends on what is heard
 def greedy(
     prediction: Prediction,
     joint: Joint,
@@ -59,5 +58,5 @@ def greedy(
         symbols[rows, end] = torch.where(emits, label, symbols[rows, end])
         counts = counts + emits
         output, after = prediction.rnn(prediction.embed(label)[:, None], state)
-        state = tuple(torch.where(emits[None, :, None], new, old) for new, old in zip(after, state, strict=True))
+        state = tuple(torch.where(emits[:, None], new, old) for new, old in zip(after, state, strict=True))
         predicted = torch.where(emits[:, None, None], joint.predictor_projection(output), predicted)
