@@ -1,0 +1,110 @@
+"""The opt `lean_transducer`: the transducer loss without the (batch, time, label, vocabulary) tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from core.config import checked
+from core.errors import UsageError
+from core.hookspecs import hookimpl
+from core.types import Evidence, OptSpec, Plugin, RunContext
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timetrial_lean_transducer.loss import LeanLoss
+
+COMPONENT = "rnnt.loss"
+MIB = 2**20
+
+
+@dataclass(kw_only=True)
+class LeanTransducerConfig:
+    """Settings of `opt.lean_transducer`."""
+
+    mode: str = checked(choices=("exact", "pruned"))
+    """`exact`: the same loss and gradients. `pruned`: the joint network at `prune_range` places of each frame only."""
+    chunk: int | None = checked(at_least=1)
+    """Cells whose logits exist at a time; null chooses by device."""
+    negligible: float = checked(at_least=0, at_most=1e-6)
+    """The backward pass leaves out cells whose posterior is below this."""
+    prune_range: int = checked(at_least=2)
+    """Pruned: places of each frame."""
+    simple_scale: float = checked(at_least=0)
+    """Pruned: weight of the simple joint's loss."""
+    recursion: str = checked(choices=("torch", "triton"))
+    """What goes through the lattice: torch's operations, anywhere, or one Triton kernel, on an NVIDIA GPU."""
+
+
+class LeanTransducer(Plugin):
+    """Replaces the transducer loss, the joint network included."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="transducer loss without the (batch, time, label, vocabulary) tensor; exact, or pruned",
+        numerics="tolerance",
+        components=frozenset({COMPONENT}),
+    )
+    Config = LeanTransducerConfig
+    config: LeanTransducerConfig
+
+    _loss: LeanLoss | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name != COMPONENT:
+            return inner
+        if self.config.recursion == "triton" and (ctx.device.type != "cuda" or not find_spec("triton")):
+            raise UsageError("opt.lean_transducer.recursion=triton needs a GPU and the package triton: use torch")
+        from timetrial_lean_transducer.loss import LeanLoss
+
+        c = self.config
+        span = c.prune_range if c.mode == "pruned" else None
+        self._loss = LeanLoss(
+            chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale, recursion=c.recursion
+        )  # fmt: skip
+        return self._loss
+
+    @hookimpl(wrapper=True)
+    def prepare_model(self, ctx: RunContext, model: nn.Module) -> Generator[None, nn.Module, nn.Module]:
+        """Gives the joint network the simple joint that pruning needs, before it is distributed: its parameters are
+        then the model's, for the optimizer, the gradient exchange and checkpoints."""
+        if self.config.mode == "pruned":
+            from timetrial_lean_transducer.pruning import SimpleJoint
+
+            joints = [m for m in ctx.model.modules() if hasattr(m, "output") and hasattr(m, "blank")]
+            if len(joints) != 1:
+                problem = f"the model has {len(joints)} modules with `output` and `blank`, and one is expected"
+                raise UsageError(f"opt.lean_transducer.mode=pruned: {problem}: use mode=exact")
+            output = joints[0].output
+            simple = SimpleJoint(output.in_features, output.out_features, ctx.seed_for("lean_transducer"))
+            joints[0].add_module("simple", simple.to(ctx.device))
+        return (yield)
+
+    @hookimpl
+    def verify(self) -> Evidence:
+        if self._loss is None or not self._loss.work.peak_bytes:
+            return Evidence(
+                plugin="lean_transducer", active=False, summary="no loss has been computed for training yet"
+            )
+        work, logits, pruned = self._loss.work, self._loss.logits_bytes, self.config.mode == "pruned"
+        figures = {
+            "calls": work.calls, "padded_cells": work.padded, "cells": work.cells, "cells_again": work.revisited,
+            "posterior_left_out": float(work.left_out), "widened_calls": self._loss.widened,
+            "kept_bytes": work.kept_bytes, "peak_bytes": work.peak_bytes, "logits_bytes": logits,
+        }  # fmt: skip
+        return Evidence(
+            plugin="lean_transducer",
+            active=work.kept_bytes < logits,
+            summary=f"{self.config.mode}: {work.calls} call{'s' * (work.calls != 1)}; joint network in "
+            f"{work.cells / work.padded:.1%} of {work.padded} cells with padding, and again in "
+            f"{work.revisited / work.padded:.1%} for the gradient; kept in between {work.kept_bytes / MIB:.2f} MiB, at "
+            f"most {work.peak_bytes / MIB:.2f}; all logits take {logits / MIB:.2f}, their gradients as much",
+            figures=figures,
+            # The masks are as likely as the plain joint network's, but they are others.
+            numerics="changes" if pruned or self._loss.dropout else None,
+        )

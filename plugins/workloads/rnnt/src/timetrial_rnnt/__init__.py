@@ -1,0 +1,1 @@
+"""The workload `rnnt`: speech recognition by an RNN transducer."""

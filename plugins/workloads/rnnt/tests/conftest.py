@@ -1,0 +1,146 @@
+"""What the tests of this plugin share: a workload built from its real YAML, without a run, and small speech."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from omegaconf import OmegaConf
+
+import timetrial_rnnt
+from core.config import DataConfig, validate
+from core.types import RunContext
+from timetrial_rnnt.plugin import Rnnt, RnntConfig
+from timetrial_rnnt.workload import RnntWorkload
+
+CONF = Path(timetrial_rnnt.__file__).parent / "conf" / "workload"
+REPO = Path(__file__).parents[4]
+RATE = 16000
+
+MakeWorkload = Callable[..., RnntWorkload]
+
+
+@dataclass
+class OneOf:
+    """A backend whose other ranks have said `others`."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    others: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
+    said: list[float] = field(default_factory=list[float])
+
+    def all_gather(self, values: list[float]) -> list[list[float]]:
+        self.said = values
+        return [
+            values if rank == self.rank else self.others.get(rank, [0.0] * len(values))
+            for rank in range(self.world_size)
+        ]
+
+
+def config_of(name: str, *overrides: str) -> RnntConfig:
+    node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
+    return validate(RnntConfig, node, "workload")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> MakeWorkload:
+    def make_workload(
+        name: str, *overrides: str, rank: int = 0, world: int = 1, seed: int = 1, **data: Any
+    ) -> RnntWorkload:
+        values = {"source": "real", "root": None, "max_bad": 0, "workers": 0, **data}
+        config: Any = SimpleNamespace(data=validate(DataConfig, OmegaConf.create(values), "data"))
+        ctx = RunContext(config=config, run_dir=tmp_path, seed=seed)
+        ctx.backend = OneOf(rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.component = lambda name, default: default
+        ctx.feed = iter
+        return Rnnt(config_of(name, *overrides)).make_workload(ctx)
+
+    return make_workload
+
+
+@pytest.fixture
+def real_speech() -> Path:
+    """The shared sample: a folder laid out as LibriSpeech."""
+    folder = Path(os.environ.get("TIMETRIAL_REALDATA", REPO.parent / "shared" / "data")) / "speech"
+    if not folder.is_dir():
+        pytest.skip(f"no real speech at {folder}: set TIMETRIAL_REALDATA")
+    return folder
+
+
+WORDS = {"ALPHA": 300, "BRAVO": 600, "CHARLIE": 1200, "DELTA": 2400}
+"""Words of the small speech, each a tone of so many Hz."""
+
+
+def tones(words: list[str], rng: np.random.Generator, rate: int = RATE) -> np.ndarray[Any, np.dtype[np.float32]]:
+    parts = []
+    for word in words:
+        time = np.arange(int(rate * rng.uniform(0.15, 0.3))) / rate
+        parts += [0.3 * np.sin(2 * np.pi * WORDS[word] * time), np.zeros(rate // 20)]
+    whole = np.concatenate(parts)
+    return (whole + 0.01 * rng.standard_normal(len(whole))).astype(np.float32)
+
+
+def write_chapter(folder: Path, name: str, count: int, seed: int, suffix: str = ".flac") -> None:
+    """One chapter as LibriSpeech lays it out."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines: list[str] = []
+    for number in range(count):
+        words = [str(word) for word in rng.choice(list(WORDS), rng.integers(1, 5))]
+        soundfile.write(folder / f"{name}-{number:04d}{suffix}", tones(words, rng), RATE)
+        lines.append(f"{name}-{number:04d} {' '.join(words)}\n")
+    (folder / f"{name}.trans.txt").write_text("".join(lines))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders to train on, of which one holds wav files, and one to evaluate on."""
+    folder = tmp_path_factory.mktemp("speech")
+    write_chapter(folder / "train-clean-100" / "1" / "1", "1-1", 20, 1)
+    write_chapter(folder / "train-clean-100" / "1" / "2", "1-2", 12, 2)
+    write_chapter(folder / "train-other-500" / "2" / "1", "2-1", 8, 3, ".wav")
+    write_chapter(folder / "dev-clean" / "3" / "1", "3-1", 10, 4)
+    return folder
+
+
+SETTINGS = ("workload.vocab_size=16",)
+
+
+def _command(source: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["workload=rnnt_mlperf", f"source={source}", f"out={out}", "data.workers=0", *SETTINGS, *more]
+    return [sys.executable, "-m", "core.prepare", *arguments]
+
+
+def _prepare(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(source, out, *more), capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def prepare_command() -> Callable[..., list[str]]:
+    """`(source, out, *overrides)` to the command line that prepares speech."""
+    return _command
+
+
+@pytest.fixture(scope="session")
+def prepare_speech() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs that command."""
+    return _prepare
+
+
+@pytest.fixture(scope="session")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "speech"
+    done = _prepare(source, out)
+    assert done.returncode == 0, done.stderr
+    return out
