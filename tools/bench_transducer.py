@@ -66,15 +66,16 @@ def make_loss(contender: str) -> tuple[Callable[..., Any], Callable[[], float | 
     return loss, lambda: loss.work.revisited / loss.work.padded
 
 
-def example(contender: str, shape: tuple[int, ...], width: int, lengths: str, device: str) -> tuple[Any, ...]:
+def example(contender: str, shape: tuple[int, ...], arguments: argparse.Namespace) -> tuple[Any, ...]:
     """Joint network, encoded, predicted, labels and both lengths; ragged lengths lie between half and full."""
     import torch
     from torch import nn
 
     batch, frames, labels, vocabulary = shape
+    width, device = arguments.width, arguments.device
     torch.manual_seed(0)
     joint = nn.Module()
-    joint.activation, joint.dropout = nn.ReLU(), nn.Dropout(0.0)
+    joint.activation, joint.dropout = nn.ReLU(), nn.Dropout(arguments.dropout)
     joint.output, joint.blank = nn.Linear(width, vocabulary), vocabulary - 1
     if contender == "pruned":
         from timetrial_lean_transducer.pruning import SimpleJoint
@@ -82,7 +83,7 @@ def example(contender: str, shape: tuple[int, ...], width: int, lengths: str, de
         joint.simple = SimpleJoint(width, vocabulary, seed=0)
     encoded, predicted = (torch.randn(batch, n, width, device=device) for n in (frames, labels + 1))
     said = torch.randint(vocabulary - 1, (batch, labels), device=device)
-    share = torch.linspace(0.5, 1, batch) if lengths == "ragged" else torch.ones(batch)
+    share = torch.linspace(0.5, 1, batch) if arguments.lengths == "ragged" else torch.ones(batch)
     limits = ((share * n).long().to(device) for n in (frames, labels))
     return joint.to(device), encoded.requires_grad_(), predicted.requires_grad_(), said, *limits
 
@@ -104,16 +105,15 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def serve(contender: str, shape: tuple[int, ...], width: int, lengths: str, device: str) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """A run for each line of stdin; answers with its seconds, and the first time with its memory."""
     import torch
 
     torch.set_num_threads(1)
+    contender, device = arguments.serve, arguments.device
     loss, revisited = make_loss(contender)
-    once(
-        loss, example(contender, SMALL, width, "full", device), device
-    )  # the only one whose memory the opt's evidence measures
-    inputs = example(contender, shape, width, lengths, device)
+    once(loss, example(contender, SMALL, arguments), device)  # the only one whose memory the opt's evidence measures
+    inputs = example(contender, tuple(int(n) for n in arguments.shapes[0].split("x")), arguments)
     gc.collect()
     peak: int | None = None
     for _ in sys.stdin:
@@ -134,7 +134,7 @@ def serve(contender: str, shape: tuple[int, ...], width: int, lengths: str, devi
 def race(shape: str, contenders: list[str], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Contender -> what it answered in each round; the first round, in which caches fill, counts memory only."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    common = ["--width", str(arguments.width), "--lengths", arguments.lengths, "--device", arguments.device]
+    common = [f"--{name}={getattr(arguments, name)}" for name in ("width", "dropout", "lengths", "device")]
     children = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--shapes", shape, "--serve", name, *common],
@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxUxV")
     parser.add_argument("--contenders", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--width", type=int, default=512, help="of the joint network; 512 is MLPerf's")
+    parser.add_argument("--dropout", type=float, default=0.0, help="in the joint network; MLPerf's is 0.3")
     parser.add_argument("--lengths", choices=("full", "ragged"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
@@ -194,8 +195,7 @@ def main() -> int:
     parser.add_argument("--serve", choices=list(SETTINGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        shape = tuple(int(n) for n in arguments.shapes[0].split("x"))
-        serve(arguments.serve, shape, arguments.width, arguments.lengths, arguments.device)
+        serve(arguments)
         return 0
     print("| (B,T,U,V) | loss | ms | times faster | peak MiB | times smaller | cells again |")
     print("|---|---|---|---|---|---|---|")
