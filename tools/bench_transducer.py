@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact, every cell again": {"negligible": 0.0},
     "exact": {"negligible": 1e-9},
     "pruned": {"negligible": 1e-9, "span": 5},
+    "exact, Triton recursion": {"negligible": 1e-9, "recursion": "triton"},
 }
 BASELINE = "torchaudio"
 SMALL = (2, 5, 3, 32)
@@ -185,7 +186,7 @@ def cell(values: list[float], form: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxUxV")
-    parser.add_argument("--contenders", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--contenders", nargs="+", choices=list(SETTINGS), help="all that the device can run")
     parser.add_argument("--width", type=int, default=512, help="of the joint network; 512 is MLPerf's")
     parser.add_argument("--dropout", type=float, default=0.0, help="in the joint network; MLPerf's is 0.3")
     parser.add_argument("--lengths", choices=("full", "ragged"), default="full")
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--serve", choices=list(SETTINGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    contenders = arguments.contenders or [c for c in SETTINGS if arguments.device == "cuda" or "Triton" not in c]
     if arguments.serve:
         serve(arguments)
         return 0
@@ -201,14 +203,13 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     figures: dict[str, Any] = {}
     for shape in arguments.shapes:
-        figures[shape] = race(shape, arguments.contenders, arguments)
+        figures[shape] = race(shape, contenders, arguments)
         print("\n".join(rows(shape, figures[shape])), flush=True)
     versions = {name: metadata.version(name) for name in ("torch", "torchaudio")} | {
         "python": platform.python_version()
     }
-    print(
-        f"\nn={arguments.rounds}, width {arguments.width}, {arguments.lengths} lengths, {arguments.device}; {versions}"
-    )
+    setting = f"width {arguments.width}, dropout {arguments.dropout}, {arguments.lengths} lengths, {arguments.device}"
+    print(f"\nn={arguments.rounds}, {setting}; {versions}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"versions": versions, "command": sys.argv, "rounds": figures}, indent=1))

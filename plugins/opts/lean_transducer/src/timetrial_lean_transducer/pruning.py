@@ -95,7 +95,7 @@ def least_span(cells: Cells) -> int:
 
 
 def first_places(by_blank_BTW: Tensor, by_label_BTW: Tensor, span: int, frames_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Where each frame's span begins, int64 (B, T): section 3.3 of the paper.
+    """Where each frame's span begins, int64 (B, T).
 
     A span is worth the posterior of the paths that leave its frame from inside it, less those that enter it from below.
     Where the best spans leave no path (which begins at place 0, ends at the last, never goes back, and needs a place
