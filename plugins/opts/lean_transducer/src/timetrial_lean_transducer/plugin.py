@@ -63,7 +63,7 @@ class LeanTransducer(Plugin):
         from timetrial_lean_transducer.loss import LeanLoss
 
         c = self.config
-        span = c.prune_range if c.mode == "pruned" else None
+        span = c.prune_range if c.mode == "pruned" else 0
         self._loss = LeanLoss(
             chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale, recursion=c.recursion
         )  # fmt: skip

@@ -40,10 +40,11 @@ class SimpleJoint(nn.Module):
 
 
 def prune(
-    by_frame_BTV: Tensor, by_place_BWV: Tensor, targets_BW: Tensor, cells: Cells, span: int, settings: Settings
+    simple: tuple[Tensor, Tensor], targets_BW: Tensor, cells: Cells, span: int, settings: Settings
 ) -> tuple[Tensor, Cells]:
-    """The simple joint's loss (B,) in nats, of its logits, and the `cells` that it leaves."""
-    scores = simple_scores(by_frame_BTV.to(settings.wide), by_place_BWV.to(settings.wide), targets_BW, settings.blank)
+    """The simple joint's loss (B,) in nats, given what it has computed, and the `cells` that it leaves."""
+    by_frame_BTV, by_place_BWV = (logits.to(settings.wide) for logits in simple)
+    scores = simple_scores(by_frame_BTV, by_place_BWV, targets_BW, settings.blank)
     packed = (t.flatten().index_select(0, cells.number_N) for t in scores)
     simple_B, *found = PathLoss.apply(*packed, cells, settings.recursion)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
     by_blank_BTW, by_label_BTW = (
