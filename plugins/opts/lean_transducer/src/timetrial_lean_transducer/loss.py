@@ -26,8 +26,8 @@ class LeanLoss:
     """`loss(joint, encoded, predicted, labels, encoded_lengths, label_lengths)`, as the workload documents the seam.
 
     With a `span` above 0, only so many places of each frame go through the joint network, and the simple joint's loss
-    is added, scaled by `simple_scale`. Products run in autocast's dtype where it is on, all else in float32, or float64 if
-    the inputs are.
+    is added, scaled by `simple_scale`. Products run in autocast's dtype where it is on, all else in float32, or float64
+    if the inputs are.
     """
 
     def __init__(
