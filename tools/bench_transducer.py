@@ -4,6 +4,7 @@ torchaudio's on all logits.
     uv run python tools/bench_transducer.py
     uv run python tools/bench_transducer.py --shapes 8x200x40x1024 --lengths ragged --rounds 7
     uv run python tools/bench_transducer.py --device cuda
+    uv run python tools/bench_transducer.py --shapes 8x200x40x1024 --errors      how near float32 comes to float64
 
 A shape is utterances x frames x labels x vocabulary. Every contender is a process of its own with one torch thread,
 which runs forward and backward pass (down to the gradients of the encoder's and the prediction network's output, and of
@@ -129,6 +130,27 @@ def serve(arguments: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak, "revisited": revisited()}), flush=True)
 
 
+def errors(shape: str, contenders: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Markdown: the norm of each gradient's difference from float64's, relative to the gradient's."""
+    import torch
+
+    sizes = tuple(int(n) for n in shape.split("x"))
+
+    def gradients(contender: str, dtype: torch.dtype, loss: Callable[..., Any]) -> list[torch.Tensor]:
+        joint, encoded, predicted, *rest = example(contender, sizes, arguments)
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (encoded, predicted)]
+        losses = loss(joint.to(dtype), *inputs, *rest)
+        return [g.double() for g in torch.autograd.grad(losses.sum(), [*inputs, *joint.output.parameters()])]
+
+    truth = gradients("exact", torch.float64, make_loss("exact, every cell again")[0])
+    lines: list[str] = []
+    for name in contenders:
+        found = gradients(name, torch.float32, make_loss(name)[0])
+        off = [float((mine - true).norm() / true.norm()) for mine, true in zip(found, truth, strict=True)]
+        lines.append(f"| {shape} | {name} | {' | '.join(f'{value:.1e}' for value in off)} |")
+    return lines
+
+
 # ------------------------------------------------------------------- the race
 
 
@@ -192,12 +214,18 @@ def main() -> int:
     parser.add_argument("--lengths", choices=("full", "ragged"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--errors", action="store_true", help="of the gradients of exact losses, instead of a race")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--serve", choices=list(SETTINGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     contenders = arguments.contenders or [c for c in SETTINGS if arguments.device == "cuda" or "Triton" not in c]
     if arguments.serve:
         serve(arguments)
+        return 0
+    if arguments.errors:
+        print("| (B,T,U,V) | loss | encoded | predicted | weight | bias |\n|---|---|---|---|---|---|")
+        for shape in arguments.shapes:
+            print("\n".join(errors(shape, [c for c in contenders if c != "pruned"], arguments)), flush=True)
         return 0
     print("| (B,T,U,V) | loss | ms | times faster | peak MiB | times smaller | cells again |")
     print("|---|---|---|---|---|---|---|")
