@@ -8,6 +8,8 @@ import torch
 from core.testing.cli import run_ranks
 from core.testing.suites import OptSuite, assert_close, cached_run
 
+pytestmark = pytest.mark.convergence  # each of its runs reads spoken digits, the first one speaks them
+
 
 class TestLeanTransducer(OptSuite):
     name = "lean_transducer"
@@ -52,7 +54,6 @@ def test_pruned_two_ranks_give_the_result_of_one() -> None:
     assert_close(both, cached_run(*PRUNED).expect(4), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.convergence
 @pytest.mark.parametrize("mode", ["exact", "pruned"])
 def test_the_recogniser_reaches_its_target(mode: str) -> None:
     outcome = cached_run("workload=rnnt", "+opt=lean_transducer", f"opt.lean_transducer.mode={mode}").expect(0)
