@@ -4,6 +4,7 @@ torchaudio's on all logits.
     uv run python tools/bench_transducer.py
     uv run python tools/bench_transducer.py --shapes 8x200x40x1024 --lengths ragged --rounds 7
     uv run python tools/bench_transducer.py --device cuda
+    uv run python tools/bench_transducer.py --shapes 8x200x40x1024 --errors      how near float32 comes to float64
 
 A shape is utterances x frames x labels x vocabulary. Every contender is a process of its own with one torch thread,
 which runs forward and backward pass (down to the gradients of the encoder's and the prediction network's output, and of
@@ -40,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact, every cell again": {"negligible": 0.0},
     "exact": {"negligible": 1e-9},
     "pruned": {"negligible": 1e-9, "span": 5},
+    "exact, Triton recursion": {"negligible": 1e-9, "recursion": "triton"},
 }
 BASELINE = "torchaudio"
 SMALL = (2, 5, 3, 32)
@@ -66,15 +68,16 @@ def make_loss(contender: str) -> tuple[Callable[..., Any], Callable[[], float | 
     return loss, lambda: loss.work.revisited / loss.work.padded
 
 
-def example(contender: str, shape: tuple[int, ...], width: int, lengths: str, device: str) -> tuple[Any, ...]:
+def example(contender: str, shape: tuple[int, ...], arguments: argparse.Namespace) -> tuple[Any, ...]:
     """Joint network, encoded, predicted, labels and both lengths; ragged lengths lie between half and full."""
     import torch
     from torch import nn
 
     batch, frames, labels, vocabulary = shape
+    width, device = arguments.width, arguments.device
     torch.manual_seed(0)
     joint = nn.Module()
-    joint.activation, joint.dropout = nn.ReLU(), nn.Dropout(0.0)
+    joint.activation, joint.dropout = nn.ReLU(), nn.Dropout(arguments.dropout)
     joint.output, joint.blank = nn.Linear(width, vocabulary), vocabulary - 1
     if contender == "pruned":
         from timetrial_lean_transducer.pruning import SimpleJoint
@@ -82,7 +85,7 @@ def example(contender: str, shape: tuple[int, ...], width: int, lengths: str, de
         joint.simple = SimpleJoint(width, vocabulary, seed=0)
     encoded, predicted = (torch.randn(batch, n, width, device=device) for n in (frames, labels + 1))
     said = torch.randint(vocabulary - 1, (batch, labels), device=device)
-    share = torch.linspace(0.5, 1, batch) if lengths == "ragged" else torch.ones(batch)
+    share = torch.linspace(0.5, 1, batch) if arguments.lengths == "ragged" else torch.ones(batch)
     limits = ((share * n).long().to(device) for n in (frames, labels))
     return joint.to(device), encoded.requires_grad_(), predicted.requires_grad_(), said, *limits
 
@@ -104,16 +107,15 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def serve(contender: str, shape: tuple[int, ...], width: int, lengths: str, device: str) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """A run for each line of stdin; answers with its seconds, and the first time with its memory."""
     import torch
 
     torch.set_num_threads(1)
+    contender, device = arguments.serve, arguments.device
     loss, revisited = make_loss(contender)
-    once(
-        loss, example(contender, SMALL, width, "full", device), device
-    )  # the only one whose memory the opt's evidence measures
-    inputs = example(contender, shape, width, lengths, device)
+    once(loss, example(contender, SMALL, arguments), device)  # the only one whose memory the opt's evidence measures
+    inputs = example(contender, tuple(int(n) for n in arguments.shapes[0].split("x")), arguments)
     gc.collect()
     peak: int | None = None
     for _ in sys.stdin:
@@ -128,13 +130,34 @@ def serve(contender: str, shape: tuple[int, ...], width: int, lengths: str, devi
         print(json.dumps({"seconds": seconds, "peak": peak, "revisited": revisited()}), flush=True)
 
 
+def errors(shape: str, contenders: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Markdown: the norm of each gradient's difference from float64's, relative to the gradient's."""
+    import torch
+
+    sizes = tuple(int(n) for n in shape.split("x"))
+
+    def gradients(contender: str, dtype: torch.dtype, loss: Callable[..., Any]) -> list[torch.Tensor]:
+        joint, encoded, predicted, *rest = example(contender, sizes, arguments)
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (encoded, predicted)]
+        losses = loss(joint.to(dtype), *inputs, *rest)
+        return [g.double() for g in torch.autograd.grad(losses.sum(), [*inputs, *joint.output.parameters()])]
+
+    truth = gradients("exact", torch.float64, make_loss("exact, every cell again")[0])
+    lines: list[str] = []
+    for name in contenders:
+        found = gradients(name, torch.float32, make_loss(name)[0])
+        off = [float((mine - true).norm() / true.norm()) for mine, true in zip(found, truth, strict=True)]
+        lines.append(f"| {shape} | {name} | {' | '.join(f'{value:.1e}' for value in off)} |")
+    return lines
+
+
 # ------------------------------------------------------------------- the race
 
 
 def race(shape: str, contenders: list[str], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Contender -> what it answered in each round; the first round, in which caches fill, counts memory only."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    common = ["--width", str(arguments.width), "--lengths", arguments.lengths, "--device", arguments.device]
+    common = [f"--{name}={getattr(arguments, name)}" for name in ("width", "dropout", "lengths", "device")]
     children = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--shapes", shape, "--serve", name, *common],
@@ -185,30 +208,36 @@ def cell(values: list[float], form: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxTxUxV")
-    parser.add_argument("--contenders", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--contenders", nargs="+", choices=list(SETTINGS), help="all that the device can run")
     parser.add_argument("--width", type=int, default=512, help="of the joint network; 512 is MLPerf's")
+    parser.add_argument("--dropout", type=float, default=0.0, help="in the joint network; MLPerf's is 0.3")
     parser.add_argument("--lengths", choices=("full", "ragged"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--errors", action="store_true", help="of the gradients of exact losses, instead of a race")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--serve", choices=list(SETTINGS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    contenders = arguments.contenders or [c for c in SETTINGS if arguments.device == "cuda" or "Triton" not in c]
     if arguments.serve:
-        shape = tuple(int(n) for n in arguments.shapes[0].split("x"))
-        serve(arguments.serve, shape, arguments.width, arguments.lengths, arguments.device)
+        serve(arguments)
+        return 0
+    if arguments.errors:
+        print("| (B,T,U,V) | loss | encoded | predicted | weight | bias |\n|---|---|---|---|---|---|")
+        for shape in arguments.shapes:
+            print("\n".join(errors(shape, [c for c in contenders if c != "pruned"], arguments)), flush=True)
         return 0
     print("| (B,T,U,V) | loss | ms | times faster | peak MiB | times smaller | cells again |")
     print("|---|---|---|---|---|---|---|")
     figures: dict[str, Any] = {}
     for shape in arguments.shapes:
-        figures[shape] = race(shape, arguments.contenders, arguments)
+        figures[shape] = race(shape, contenders, arguments)
         print("\n".join(rows(shape, figures[shape])), flush=True)
     versions = {name: metadata.version(name) for name in ("torch", "torchaudio")} | {
         "python": platform.python_version()
     }
-    print(
-        f"\nn={arguments.rounds}, width {arguments.width}, {arguments.lengths} lengths, {arguments.device}; {versions}"
-    )
+    setting = f"width {arguments.width}, dropout {arguments.dropout}, {arguments.lengths} lengths, {arguments.device}"
+    print(f"\nn={arguments.rounds}, {setting}; {versions}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"versions": versions, "command": sys.argv, "rounds": figures}, indent=1))

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from core.testing.cli import run_ranks
 from core.testing.suites import OptSuite, assert_close, cached_run
+
+pytestmark = pytest.mark.convergence  # each of its runs reads spoken digits, the first one speaks them
 
 
 class TestLeanTransducer(OptSuite):
@@ -21,18 +24,28 @@ class TestLeanTransducer(OptSuite):
     steps = 6
 
 
-PRUNED = (*TestLeanTransducer().arguments, "opt.lean_transducer.mode=pruned", "stop.steps=6")
+SMALL = (*TestLeanTransducer().arguments, "stop.steps=6")
+PRUNED = (*SMALL, "opt.lean_transducer.mode=pruned")
+DROPOUT = (*SMALL, "workload.joint_dropout=0.3")
 
 
-def test_pruned_its_own_parameters_are_checkpointed_and_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = cached_run(*PRUNED).expect(4)
+@pytest.mark.parametrize("arguments", [PRUNED, DROPOUT], ids=["pruned", "dropout"])
+def test_what_changes_the_numbers_says_so_and_is_resumed_with_the_same_bits(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = cached_run(*arguments).expect(4)
     assert whole.evidence["lean_transducer"]["active"]
     assert whole.evidence["lean_transducer"]["numerics"] == "changes"
-    assert [name for name in whole.parameters if name.startswith("joint.simple.")]
-    arguments = (*PRUNED, "checkpoint.every_steps=2")
-    assert run_ranks(*arguments, run_dir=tmp_path / "run", fault="step@3=kill").code != 0
-    resumed = run_ranks(*arguments, run_dir=tmp_path / "run").expect(4)
+    saving = (*arguments, "checkpoint.every_steps=2")
+    assert run_ranks(*saving, run_dir=tmp_path / "run", fault="step@3=kill").code != 0
+    resumed = run_ranks(*saving, run_dir=tmp_path / "run").expect(4)
     assert resumed.result["parameters_sha256"] == whole.result["parameters_sha256"]
+
+
+def test_the_simple_joints_parameters_are_trained_and_checkpointed() -> None:
+    first, last = (cached_run(*PRUNED, f"stop.steps={n}").expect(4).parameters for n in (1, 6))
+    names = [name for name in last if name.startswith("joint.simple.")]
+    assert len(names) == 3 and not any(torch.equal(first[name], last[name]) for name in names)
 
 
 @pytest.mark.distributed
@@ -41,7 +54,6 @@ def test_pruned_two_ranks_give_the_result_of_one() -> None:
     assert_close(both, cached_run(*PRUNED).expect(4), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.convergence
 @pytest.mark.parametrize("mode", ["exact", "pruned"])
 def test_the_recogniser_reaches_its_target(mode: str) -> None:
     outcome = cached_run("workload=rnnt", "+opt=lean_transducer", f"opt.lean_transducer.mode={mode}").expect(0)

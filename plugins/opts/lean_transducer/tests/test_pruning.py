@@ -46,7 +46,7 @@ def simple_loss(made: tuple, span: int = 3) -> Tensor:
         blank=joint.blank, chunk=16, negligible=0, dropout=0, seed=0, low=encoded.dtype, wide=encoded.dtype,
         recursion="torch",
     )  # fmt: skip
-    return prune(*joint.simple(encoded, predicted), nn.functional.pad(labels, (0, 1)), cells, span, chosen)[0]
+    return prune(joint.simple(encoded, predicted), nn.functional.pad(labels, (0, 1)), cells, span, chosen)[0]
 
 
 def test_the_simple_loss_is_torchaudios_on_added_logits() -> None:

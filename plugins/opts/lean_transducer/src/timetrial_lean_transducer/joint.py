@@ -193,12 +193,13 @@ class _Joint:
         encoded_BTJ, predicted_BWJ, weight_VJ, bias_V, targets_BW = inputs
         self.settings, self.cells = settings, cells
         self.frames, self.places = encoded_BTJ.shape[1], predicted_BWJ.shape[1]
-        self.rows = encoded_BTJ.flatten(0, 1), predicted_BWJ.flatten(0, 1)
+        common = torch.promote_types(encoded_BTJ.dtype, predicted_BWJ.dtype)
+        self.rows = encoded_BTJ.flatten(0, 1).to(common), predicted_BWJ.flatten(0, 1).to(common)
         self.weight_VJ, self.bias_V = weight_VJ.to(settings.low), bias_V.to(settings.low)
         self.target_R1 = targets_BW.reshape(-1, 1)
         self.scale = 1 / (1 - settings.dropout) if settings.dropout < 1 else 0.0
         chunk = min(settings.chunk, cells)
-        hidden_CJ = encoded_BTJ.new_empty(chunk, weight_VJ.shape[1])
+        hidden_CJ = self.rows[0].new_empty(chunk, weight_VJ.shape[1])
         logits_CV = self.weight_VJ.new_empty(chunk, len(weight_VJ))
         spare_CV = torch.empty_like(logits_CV, dtype=settings.wide)
         self.buffers = hidden_CJ, torch.empty_like(hidden_CJ), logits_CV, spare_CV

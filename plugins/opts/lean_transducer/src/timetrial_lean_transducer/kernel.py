@@ -41,5 +41,6 @@ def descend(scores_DC: Tensor, arrows_D2C: Tensor, places: int) -> None:
     rows, width = len(scores_DC), arrows_D2C.shape[2]
     block = triton.next_power_of_2(places)
     warps = min(8, max(1, block // 32))
+    sizes = {"BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(scores_DC):
-        _descend[(width // places,)](scores_DC, arrows_D2C, rows, width, places, BLOCK=block, num_warps=warps)
+        _descend[(width // places,)](scores_DC, arrows_D2C, rows, width, places, **sizes)

@@ -25,13 +25,13 @@ enough to fill the device."""
 class LeanLoss:
     """`loss(joint, encoded, predicted, labels, encoded_lengths, label_lengths)`, as the workload documents the seam.
 
-    With a `span`, only so many places of each frame go through the joint network, and the simple joint's loss is added,
-    scaled by `simple_scale`. Products run in autocast's dtype where it is on, all else in float32, or float64 if the
-    inputs are.
+    With a `span` above 0, only so many places of each frame go through the joint network, and the simple joint's loss
+    is added, scaled by `simple_scale`. Products run in autocast's dtype where it is on, all else in float32, or float64
+    if the inputs are.
     """
 
     def __init__(
-        self, *, chunk: int | None = None, negligible: float = 0.0, span: int | None = None, simple_scale: float = 0.5,
+        self, *, chunk: int | None = None, negligible: float = 0.0, span: int = 0, simple_scale: float = 0.5,
         recursion: str = "torch",
     ) -> None:  # fmt: skip
         self.chunk, self.negligible, self.span, self.simple_scale = chunk, negligible, span, simple_scale
@@ -66,14 +66,14 @@ class LeanLoss:
             self.logits_bytes = padding_BW.numel() * encoded.shape[1] * len(inputs.bias_V) * settings.wide.itemsize
             memory = PeakMemory()
         with memory or nullcontext():
-            simple = joint.simple(encoded, predicted) if self.span else ()  # under autocast, as any layer
+            simple = joint.simple(encoded, predicted) if self.span else None  # under autocast, as any layer
             with torch.autocast(encoded.device.type, enabled=False):
                 cells = all_cells(encoded.shape[1], predicted.shape[1], encoded_lengths, label_lengths)
-                if self.span is None:
+                if simple is None:
                     return joint_loss(inputs, cells, settings, work, memory)
                 span = max(self.span, least_span(cells))
                 self.widened += span > self.span
-                simple_B, cells = prune(*simple, targets_BW, cells, span, settings)
+                simple_B, cells = prune(simple, targets_BW, cells, span, settings)
                 return joint_loss(inputs, cells, settings, work, memory) + self.simple_scale * simple_B
 
     def _settings(self, joint: Any, encoded: Tensor) -> Settings:

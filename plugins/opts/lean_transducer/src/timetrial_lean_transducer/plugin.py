@@ -63,7 +63,7 @@ class LeanTransducer(Plugin):
         from timetrial_lean_transducer.loss import LeanLoss
 
         c = self.config
-        span = c.prune_range if c.mode == "pruned" else None
+        span = c.prune_range if c.mode == "pruned" else 0
         self._loss = LeanLoss(
             chunk=c.chunk, negligible=c.negligible, span=span, simple_scale=c.simple_scale, recursion=c.recursion
         )  # fmt: skip
@@ -76,7 +76,7 @@ class LeanTransducer(Plugin):
         if self.config.mode == "pruned":
             from timetrial_lean_transducer.pruning import SimpleJoint
 
-            joints = [m for m in ctx.model.modules() if hasattr(m, "output") and hasattr(m, "blank")]
+            joints: list[Any] = [m for m in ctx.model.modules() if hasattr(m, "output") and hasattr(m, "blank")]
             if len(joints) != 1:
                 problem = f"the model has {len(joints)} modules with `output` and `blank`, and one is expected"
                 raise UsageError(f"opt.lean_transducer.mode=pruned: {problem}: use mode=exact")

@@ -40,10 +40,11 @@ class SimpleJoint(nn.Module):
 
 
 def prune(
-    by_frame_BTV: Tensor, by_place_BWV: Tensor, targets_BW: Tensor, cells: Cells, span: int, settings: Settings
+    simple: tuple[Tensor, Tensor], targets_BW: Tensor, cells: Cells, span: int, settings: Settings
 ) -> tuple[Tensor, Cells]:
-    """The simple joint's loss (B,) in nats, of its logits, and the `cells` that it leaves."""
-    scores = simple_scores(by_frame_BTV.to(settings.wide), by_place_BWV.to(settings.wide), targets_BW, settings.blank)
+    """The simple joint's loss (B,) in nats, given what it has computed, and the `cells` that it leaves."""
+    by_frame_BTV, by_place_BWV = (logits.to(settings.wide) for logits in simple)
+    scores = simple_scores(by_frame_BTV, by_place_BWV, targets_BW, settings.blank)
     packed = (t.flatten().index_select(0, cells.number_N) for t in scores)
     simple_B, *found = PathLoss.apply(*packed, cells, settings.recursion)  # pyright: ignore[reportGeneralTypeIssues, reportUnknownVariableType]
     by_blank_BTW, by_label_BTW = (
@@ -95,7 +96,7 @@ def least_span(cells: Cells) -> int:
 
 
 def first_places(by_blank_BTW: Tensor, by_label_BTW: Tensor, span: int, frames_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Where each frame's span begins, int64 (B, T): section 3.3 of the paper.
+    """Where each frame's span begins, int64 (B, T).
 
     A span is worth the posterior of the paths that leave its frame from inside it, less those that enter it from below.
     Where the best spans leave no path (which begins at place 0, ends at the last, never goes back, and needs a place
