@@ -25,7 +25,11 @@ WORKLOADS = {
         "workload=bert", "data=synthetic", "workload.synthetic_fill=0.4", "workload.global_batch_size=8",
         "workload.sequence_length=16", "stop.steps=4",
     ),
-    "rnnt": ("workload=rnnt", "data=synthetic", "workload.global_batch_size=8", "stop.steps=4"),
+    "rnnt": (
+        "workload=rnnt", "data=synthetic", "workload.encoder_hidden=16", "workload.predictor_hidden=8",
+        "workload.joint_hidden=16", "workload.global_batch_size=8", "workload.synthetic_seconds=1.0",
+        "workload.synthetic_labels=6", "stop.steps=4",
+    ),
     "maskrcnn": (
         "workload=maskrcnn", "workload.width=8", "workload.train_scenes=32", "workload.eval_scenes=4",
         "workload.global_batch_size=8", "workload.eval_first_epoch=1", "workload.least_score=0.0001", "stop.epochs=1",

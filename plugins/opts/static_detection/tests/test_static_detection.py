@@ -28,7 +28,7 @@ def boxes(*shape: int, seed: int, side: float = 100.0) -> Tensor:
 def test_suppression_by_rounds_is_the_greedy_one(iou: float) -> None:
     some = boxes(6, 200, seed=1)
     may = torch.rand(6, 200, generator=torch.Generator().manual_seed(2)) < 0.9
-    kept, unsettled = suppress(some, may, overlap(some) > iou, rounds=30)
+    kept, unsettled = suppress(may, overlap(some) > iou, rounds=30)
     assert not unsettled.any()
     for row_boxes, row_may, row_kept in zip(some, may, kept, strict=True):
         chosen = row_may.nonzero().flatten()
@@ -42,8 +42,8 @@ def test_a_chain_longer_than_the_rounds_is_reported() -> None:
     chain = torch.cat([left, torch.zeros(20, 1), left + 10, torch.full((20, 1), 10.0)], dim=1)[None]
     near = overlap(chain) > 0.3
     all_may = torch.ones(1, 20, dtype=torch.bool)
-    assert suppress(chain, all_may, near, rounds=3)[1].item()
-    kept, unsettled = suppress(chain, all_may, near, rounds=20)
+    assert suppress(all_may, near, rounds=3)[1].item()
+    kept, unsettled = suppress(all_may, near, rounds=20)
     assert not unsettled.item()
     assert kept[0].tolist() == [True, False] * 10
 

@@ -46,7 +46,7 @@ class Fixed:
         limits_B4 = sizes_B2.flip(-1).repeat(1, 2).to(boxes_BLn4.dtype)
         boxes_BLn4 = torch.minimum(boxes_BLn4.clamp_min(0), limits_B4[:, None, None])
         large_BLn = ((boxes_BLn4[..., 2:] - boxes_BLn4[..., :2]) >= MIN_SIDE).all(-1) & (scores_BLn >= 0)
-        kept_BLn, unsettled_BL = suppress(boxes_BLn4, large_BLn, overlap(boxes_BLn4) > iou, self.rounds)
+        kept_BLn, unsettled_BL = suppress(large_BLn, overlap(boxes_BLn4) > iou, self.rounds)
         self._images += len(scores_BA)
         self._unsettled += unsettled_BL.any(1).sum()
         ranked_Bn = scores_BLn.masked_fill(~kept_BLn, -1.0).flatten(1)
@@ -101,7 +101,7 @@ class Fixed:
         boxes_Bn4 = boxes_BPK4.flatten(1, 2).gather(1, index_Bn[..., None].expand(-1, -1, 4))
         label_Bn = index_Bn % classes
         same_Bnn = label_Bn[:, :, None] == label_Bn[:, None, :]
-        kept_Bn, unsettled_B = suppress(boxes_Bn4, best_Bn >= 0, (overlap(boxes_Bn4) > iou) & same_Bnn, self.rounds)
+        kept_Bn, unsettled_B = suppress(best_Bn >= 0, (overlap(boxes_Bn4) > iou) & same_Bnn, self.rounds)
         self._unsettled += unsettled_B.sum()
         score_BD, place_BD = best_Bn.masked_fill(~kept_Bn, 0.0).topk(min(count, best_Bn.shape[1]), dim=1)
         boxes_BD4 = boxes_Bn4.gather(1, place_BD[..., None].expand(-1, -1, 4)) * (score_BD > 0)[..., None]
@@ -123,23 +123,33 @@ def _best_of_levels(scores_BA: Tensor, boxes_BA4: Tensor, level_sizes: list[int]
 
 def overlap(boxes_xn4: Tensor) -> Tensor:
     """Intersection over union [..., n, n] of each box with each."""
-    one, other = boxes_xn4.unsqueeze(-2), boxes_xn4.unsqueeze(-3)
-    sides = torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])
-    shared = sides.clamp_min(0).prod(-1)
-    area = (boxes_xn4[..., 2:] - boxes_xn4[..., :2]).clamp_min(0).prod(-1)
-    return shared / (area.unsqueeze(-1) + area.unsqueeze(-2) - shared).clamp_min(1e-9)
+    left_xn, top_xn, right_xn, bottom_xn = boxes_xn4.unbind(-1)
+
+    def shared(low_xn: Tensor, high_xn: Tensor) -> Tensor:
+        inner = torch.minimum(high_xn.unsqueeze(-1), high_xn.unsqueeze(-2))
+        return (inner - torch.maximum(low_xn.unsqueeze(-1), low_xn.unsqueeze(-2))).clamp_min_(0)
+
+    both_xnn = shared(left_xn, right_xn).mul_(shared(top_xn, bottom_xn))
+    area_xn = (right_xn - left_xn).clamp_min(0) * (bottom_xn - top_xn).clamp_min(0)
+    return both_xnn / (area_xn.unsqueeze(-1) + area_xn.unsqueeze(-2) - both_xnn).clamp_min_(1e-9)
 
 
-def suppress(boxes_xn4: Tensor, may_xn: Tensor, near_xnn: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Greedy non-maximum suppression of boxes [..., n, 4], best first, by rounds over all boxes at once.
+def suppress(may_xn: Tensor, near_xnn: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression by rounds over all boxes at once; `may` [..., n] says which there are, best first.
 
     A box stays if no better one that stays is `near` it. Whether that holds is known after one round for boxes without
     a better one nearby, and after each further round for boxes that hang on those: the result is exactly the greedy one
     once a round changes nothing. Returns which stay [..., n] bool, and whether the last round still changed any [...].
     """
-    better_xnn = (near_xnn & may_xn.unsqueeze(-1)).triu(1)  # row j is better than column i, and may suppress it
+    # Row i, column j: j is better than i, and may suppress it. Floats, since products of matrices are fast: a sum of
+    # ones is 0 or not, whatever the precision.
+    better_xnn = (near_xnn & may_xn.unsqueeze(-2)).tril(-1).float()
+
+    def judge(kept_xn: Tensor) -> Tensor:
+        return may_xn & (torch.matmul(better_xnn, kept_xn.unsqueeze(-1).float()).squeeze(-1) == 0)
+
     kept_xn = may_xn
     for _ in range(rounds):
-        kept_xn = may_xn & ~(better_xnn & kept_xn.unsqueeze(-1)).any(-2)
-    again_xn = may_xn & ~(better_xnn & kept_xn.unsqueeze(-1)).any(-2)
+        kept_xn = judge(kept_xn)
+    again_xn = judge(kept_xn)
     return again_xn, (again_xn != kept_xn).any(-1)
