@@ -18,7 +18,6 @@ import psutil
 import torch
 from mlperf_logging.mllog import constants
 
-from core.checkpoint import gathered
 from core.errors import EXIT_CODES, DivergedError, StoppedError
 from core.record import Record
 from core.report import Progress, quality_text
@@ -235,9 +234,11 @@ class Watch:
 
     def _check_parameters(self) -> None:
         """A gradient that is not finite shows in the parameters before it shows in a loss."""
+        # Of a parameter that is sharded over ranks each looks at its own part, which may be empty.
+        parts = (getattr(p, "to_local", lambda p=p: p)() for p in self.ctx.model.parameters())
         with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm(self.ctx.model.parameters(), norm_type=math.inf)
-            finite = bool(torch.isfinite(gathered(norm)))
+            norm = torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf)
+            finite = bool(torch.isfinite(norm))
         ranks = [r for r, (ok,) in enumerate(self.ctx.backend.all_gather([float(finite)])) if not ok]
         if ranks:
             what = f"a parameter is not finite after step {self.position.step} on rank {ranks[0]}"
