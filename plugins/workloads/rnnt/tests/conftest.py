@@ -56,12 +56,12 @@ def config_of(name: str, *overrides: str) -> RnntConfig:
 @pytest.fixture
 def make(tmp_path: Path) -> MakeWorkload:
     def make_workload(
-        name: str, *overrides: str, rank: int = 0, world: int = 1, seed: int = 1, **data: Any
+        name: str, *overrides: str, rank: int = 0, world: int = 1, device: str = "cpu", **data: Any
     ) -> RnntWorkload:
         values = {"source": "real", "root": None, "max_bad": 0, "workers": 0, **data}
         config: Any = SimpleNamespace(data=validate(DataConfig, OmegaConf.create(values), "data"))
-        ctx = RunContext(config=config, run_dir=tmp_path, seed=seed)
-        ctx.backend = OneOf(rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+        ctx = RunContext(config=config, run_dir=tmp_path, seed=1)
+        ctx.backend = OneOf(rank, world, torch.device(device))  # pyright: ignore[reportAttributeAccessIssue]
         ctx.component = lambda name, default: default
         ctx.feed = iter
         return Rnnt(config_of(name, *overrides)).make_workload(ctx)
@@ -144,3 +144,16 @@ def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = _prepare(source, out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def official_checker() -> Callable[[Path], None]:
+    """Asserts that the log in a run folder passes MLCommons' checker, warnings included."""
+
+    def check(run_dir: Path) -> None:
+        command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training"]
+        command += ["--ruleset", "1.1.0", "--werror", str(run_dir / "result_0.txt")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=run_dir, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return check
