@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from timetrial_rnnt.workload import RnntWorkload
 
 MakeWorkload = Callable[..., RnntWorkload]
 PrepareSpeech = Callable[..., "subprocess.CompletedProcess[str]"]
+OfficialChecker = Callable[[Path], None]
 
 PREPARED = ("vocab_size=16", "global_batch_size=8", "eval_batch_size=4")
 
@@ -187,9 +187,10 @@ def test_real_speech_is_prepared_trained_on_for_an_epoch_and_evaluated(
 
 @pytest.mark.realdata
 @pytest.mark.convergence
-def test_real_speech_is_learned_and_the_official_checker_passes_its_log(
-    prepare_speech: PrepareSpeech, real_speech: Path, tmp_path: Path
+def test_real_speech_is_learned_and_the_log_passes_the_official_checker(
+    prepare_speech: PrepareSpeech, official_checker: OfficialChecker, real_speech: Path, tmp_path: Path
 ) -> None:
+    """The checker wants a word error rate below 1, which a first epoch does not give."""
     letters = ("workload.tokens=letters", "workload.vocab_size=28")
     assert prepare_speech(real_speech, tmp_path / "out", *letters).returncode == 0
     small = ("encoder_hidden=192", "predictor_hidden=96", "joint_hidden=128", "pre_layers=1", "post_layers=1")
@@ -200,7 +201,4 @@ def test_real_speech_is_learned_and_the_official_checker_passes_its_log(
         *(f"workload.{setting}" for setting in (*small, *plain, *fast)), run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
     assert outcome.result["quality"]["word_error_rate"] < 1
-    checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0"]
-    log = str(outcome.run_dir / "result_0.txt")
-    checked = subprocess.run([*checker, "--werror", log], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    official_checker(outcome.run_dir)
