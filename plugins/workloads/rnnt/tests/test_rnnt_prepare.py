@@ -159,6 +159,8 @@ def test_settings_of_a_run_must_agree_and_damage_is_named(make: MakeWorkload, pr
         make("rnnt_mlperf").check_data()
     with pytest.raises(DataError, match=r"core\.prepare workload=rnnt_mlperf"):
         make("rnnt_mlperf", root=str(tmp_path)).check_data()
+    with pytest.raises(DataError, match=r"core\.prepare workload=rnnt source"):
+        make("rnnt", root=str(tmp_path)).check_data()
     shutil.copytree(prepared, tmp_path / "copy")
     with (tmp_path / "copy" / "train" / "00001.pcm").open("r+b") as file:
         file.write(b"!")

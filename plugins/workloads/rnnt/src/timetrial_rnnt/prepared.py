@@ -37,9 +37,14 @@ class PreparedSpeech:
         if not given:
             raise DataError(
                 "data.root must name prepared speech: make it with "
-                "`python -m core.prepare workload=rnnt_mlperf source=LIBRISPEECH out=FOLDER`"
+                f"`python -m core.prepare workload={self._option} source=LIBRISPEECH out=FOLDER`"
             )
         return Path(given).expanduser()
+
+    @property
+    def _option(self) -> str:
+        """Of the two, the one whose preparation fits this run."""
+        return "rnnt" if self.config.data_set == "digits" else "rnnt_mlperf"
 
     @property
     def tokens(self) -> Tokens:
@@ -48,7 +53,7 @@ class PreparedSpeech:
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; reads the index."""
-        manifest = check_manifest(self.root, "rnnt_mlperf", self.ctx.rank, self.ctx.world_size)
+        manifest = check_manifest(self.root, self._option, self.ctx.rank, self.ctx.world_size)
         prepared = manifest["request"]["settings"]
         for name in MUST_AGREE:
             mine = getattr(self.config, name)
