@@ -42,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROBES = {"count_flops": "CountFlops", "plain_hook": "PlainHook"}
 
 CORRECTNESS = {
-    "toy": ("workload=toy", "workload.dropout=0.2", "workload.target=1.0"),
+    # Of its 16 steps an epoch 4 go by before an evaluation may be met.
+    # Four steps an epoch: even the few on a CPU have evaluations among them.
+    "toy": ("workload=toy", "workload.dropout=0.2", "workload.target=1.0", "workload.examples=256"),
     "resnet": ("workload=resnet", "data=synthetic", "workload.global_batch_size=64"),
     "bert": ("workload=bert", "data=synthetic"),
     "rnnt": ("workload=rnnt", "data=synthetic"),
@@ -182,6 +184,8 @@ class Run:
 RUN_LIMIT, CUT_OFF = 150.0, 124
 """Seconds after which a run counts as hanging, compilation included; the exit status that stands for it."""
 
+_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
+
 ENDED = (0, 4)
 """Exit statuses of a run that made all its steps: a throughput run, or one that did not reach its target."""
 
@@ -203,6 +207,9 @@ def run(overrides: Sequence[str], timeout: float) -> Run:
             return Run(CUT_OFF, f"not finished after {timeout:.0f} s", time.perf_counter() - start)
         words = (stderr.strip().splitlines() or [""])[-1].removeprefix("timetrial: ").removeprefix("failed: ")
         words = words.partition(" [")[0]  # the run folder, which is gone by now
+        if trace := next(place.glob("errors/*.traceback.txt"), None):
+            first = next(filter(_ERROR.match, trace.read_text().splitlines()), "")
+            words += f"; first cause: {first}" if first and first not in words else ""
         result = Run(process.returncode, words, time.perf_counter() - start)
         if result.code in ENDED:
             rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
@@ -408,8 +415,11 @@ def gpu_tests(check: Check) -> list[Row]:
     except subprocess.TimeoutExpired:
         raise OutOfTime from None
     lines = done.stdout.strip().splitlines() or [""]
-    failed = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
-    rows = [{"tests": line, "verdict": "broken", "words": "failed"} for line in failed]
+    kinds = {"FAILED ": "broken", "ERROR ": "not run"}
+    rows = [
+        {"tests": line.removeprefix(start), "verdict": verdict}
+        for line in lines for start, verdict in kinds.items() if line.startswith(start)
+    ]  # fmt: skip
     return [*rows, {"tests": "all that are marked gpu", "verdict": lines[-1].strip("= ")}]
 
 

@@ -11,14 +11,17 @@ dir=${1:?usage: tools/wheelhouse.sh DIR}
 root=$(cd "$(dirname "$0")/.." && pwd)
 pip=${PIP:-python3 -m pip}
 limit_mb=60
-# On the machine already; and `datasets`, which only prepares real data and brings pyarrow along.
-there="torch torchvision torchaudio transformers tokenizers timm numpy pluggy rich safetensors pillow datasets"
+# On the machine already; and what only real data needs: `datasets`, which brings pyarrow along, and `gensim`.
+there="torch torchvision torchaudio transformers tokenizers timm numpy pluggy rich safetensors pillow datasets gensim"
+# What those that are fetched import, and the machine lacks.
+needed="cffi pycparser rapidfuzz"
 
 mkdir -p "$dir"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-python3 - "$root" $there >"$work/wanted" 3>"$work/pins" <<'PY'
+printf '%s\n' $needed >"$work/wanted"
+python3 - "$root" $there >>"$work/wanted" 3>"$work/pins" <<'PY'
 import os, re, sys, tomllib
 from pathlib import Path
 
@@ -29,7 +32,7 @@ print("\n".join(d for name, d in sorted(wanted.items()) if name not in there and
 os.write(3, "\n".join(projects[0]["tool"]["uv"]["constraint-dependencies"]).encode())
 PY
 
-# Without their own dependencies: those that are imported are in the list above, or on the machine.
+# Without their own dependencies: those that are imported are listed above, or on the machine.
 $pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 \
     --constraint "$work/pins" --requirement "$work/wanted" --dest "$dir"
