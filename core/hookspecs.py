@@ -54,11 +54,12 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def prepare_model(self, ctx: RunContext, model: nn.Module) -> nn.Module:
-        """[opt, onion] The model on its device, before distribution: memory format, compilation, partial capture."""
+        """[opt, onion] The model on its device, before distribution: memory format, compilation."""
 
     @hookspec(firstresult=True)
     def distribute(self, ctx: RunContext, model: nn.Module) -> nn.Module:
-        """[backend innermost, opt, onion] The model whose backward pass also exchanges gradients."""
+        """[backend innermost, opt, onion] The model whose backward pass also exchanges gradients. An opt that captures
+        parts of the model does so before what lies inside: only processes that train call this."""
 
     @hookspec(firstresult=True)
     def communication_hook(self, ctx: RunContext, model: nn.Module) -> tuple[Any, Callable[..., Any]]:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -245,6 +245,16 @@ class Workload(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+    """A workload with `capture="partial"` whose batches come in several shapes; any other's have that of its synthetic
+    batch."""
+
+    def capture_batches(self) -> Iterable[Batch]:
+        """A synthetic batch on the device for each shape that `capture_parts` may meet, those first that are wanted
+        most: some may be left out. Each is made when it is asked for. What the parts are not given may be small."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Stands in for CUDA's recording on a CPU, so that all but the thin CUDA part can be tested without a GPU.
+"""Stands in for CUDA's recording on a CPU, so that all but the thin CUDA part can be tested without a GPU: `Tape` for
+that of a step, `Pool` for that of parts of a model.
 
 python tape.py OVERRIDES        the command line of core.run, with `cuda_graphs` on a tape
 """
@@ -48,6 +49,45 @@ class Tape:
         return replay, result
 
 
+class Pool:
+    """Stands in for torch.cuda.make_graphed_callables with all graphs in one pool of memory.
+
+    As a graph does, a graphed module takes the shapes that it was recorded with and no others, and overwrites the
+    activations of the modules that were recorded by another call. While those are needed, that is an AssertionError.
+    """
+
+    def __init__(self) -> None:
+        self.recordings: list[tuple[torch.nn.Module, ...]] = []
+        self.calls = 0
+        self.autocast = False
+        self.holder: int | None = None
+        """The recording whose activations wait for the backward pass."""
+        self.waiting = 0
+
+    def __call__(
+        self, modules: tuple[torch.nn.Module, ...], arguments: tuple[tuple[Tensor, ...], ...], pool: Any = None
+    ) -> None:
+        self.recordings.append(modules)
+        self.autocast = torch.is_autocast_enabled("cpu")
+        for module, examples in zip(modules, arguments, strict=True):
+            module(*examples).sum().backward()  # what warms up disturbs gradients, buffers and the generator
+            module.forward = self._graphed(len(self.recordings), module.forward, [e.shape for e in examples])
+
+    def _graphed(self, number: int, forward: Callable[..., Tensor], shapes: list[torch.Size]) -> Callable[..., Tensor]:
+        def done(gradient: Tensor) -> None:
+            self.waiting -= 1
+
+        def graphed(*args: Tensor) -> Tensor:
+            assert [a.shape for a in args] == shapes, "a graph takes one shape"
+            assert not self.waiting or self.holder == number, "activations are overwritten that are still needed"
+            self.holder, self.calls, self.waiting = number, self.calls + 1, self.waiting + 1
+            output = forward(*args)
+            output.register_hook(done)
+            return output
+
+        return graphed
+
+
 def main() -> int:
     import timetrial_cuda_graphs.cuda as cuda
     from core.run import main as run
@@ -55,6 +95,8 @@ def main() -> int:
 
     CudaGraphs.spec = dataclasses.replace(CudaGraphs.spec, requires=frozenset())
     cuda.CudaCapture = Tape
+    torch.cuda.make_graphed_callables = Pool()
+    torch.cuda.graph_pool_handle = lambda: (0, 1)
     cuda.leave_the_default_stream = lambda device: None
     gc.freeze = lambda: None  # the tape finds tensors through the collector
     return run()

@@ -19,7 +19,7 @@ from core.testing.cli import Outcome, environment, run_cli
 from core.types import WorkloadSpec
 from timetrial_cuda_graphs.plugin import CudaGraphs, CudaGraphsConfig
 
-CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "inference": True}
+CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "max_shapes": 16, "inference": True}
 
 
 def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
@@ -80,6 +80,25 @@ def test_what_other_opts_do_lies_inside_the_graph(backend: tuple[str, ...], opts
     assert all(evidence["active"] for evidence in graphs.evidence.values())
 
 
+def test_parts_are_captured_for_the_shapes_that_the_workload_names(tmp_path: Path) -> None:
+    """An epoch of rnnt. T of a batch is a multiple of 8, and 96 is what its longest utterance can have."""
+    arguments = ("workload=rnnt", "workload.global_batch_size=128", "stop.epochs=1", "backend=single")
+    settings = ("+opt=cuda_graphs", "opt.cuda_graphs.max_shapes=7")
+    eager = run_cli(*arguments, run_dir=tmp_path / "eager").expect(4)
+    graphs = run_on_tape(*arguments, *settings, run_dir=tmp_path / "graphs").expect(4)
+    assert graphs.losses == eager.losses
+    assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
+    replays, eager_calls = graphs.evidence["cuda_graphs"]["figures"]["encoder"].values()
+    assert list(replays) == [f"128x{frames}x240" for frames in (96, 88, 80, 72, 64, 56, 48)]
+    assert sum(count > 0 for count in replays.values()) > 1
+    last, *shorter = sorted(eager_calls, key=lambda shape: not shape.startswith(f"{1780 % 128}x"))
+    assert eager_calls[last] == 1
+    assert shorter
+    assert set(shorter) <= {"128x40x240", "128x32x240"}
+    warm_up = 1
+    assert sum(replays.values()) + sum(eager_calls.values()) == graphs.result["steps"] + warm_up
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -109,7 +128,7 @@ class Given:
         return SimpleNamespace(spec=self.spec)
 
     @hookimpl
-    def prepare_model(self, model: Any) -> Any:
+    def distribute(self, model: Any) -> Any:
         return model
 
     @hookimpl
@@ -138,11 +157,12 @@ def test_compile_with_graphs_of_its_own_is_refused() -> None:
             hooks().environment(config=config)
 
 
-def test_compile_of_a_partly_captured_model_is_refused() -> None:
+@pytest.mark.parametrize("opt", ["compile", "grad_accumulation"])
+def test_what_a_partly_captured_model_does_not_allow_is_refused(opt: str) -> None:
     given = Given("partial")
-    ctx = SimpleNamespace(workload=SimpleNamespace(spec=given.spec), config=SimpleNamespace(opt={"compile": {}}))
-    with pytest.raises(UsageError, match="'compile' and 'cuda_graphs' conflict"):
-        hooks(given).prepare_model(ctx=ctx, model=None)
+    ctx = SimpleNamespace(workload=SimpleNamespace(spec=given.spec), config=SimpleNamespace(opt={opt: {}}))
+    with pytest.raises(UsageError, match=f"'{opt}' and 'cuda_graphs' conflict"):
+        hooks(given).distribute(ctx=ctx, model=None)
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -102,3 +102,15 @@ def test_threads_and_device_compute_the_same_features(make: MakeWorkload) -> Non
         assert one.data.keys() == other.data.keys()
         for name in one.data:
             torch.testing.assert_close(one.data[name], other.data[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("samples", [1, 159, 16001, 36508, 267200])
+def test_how_long_an_utterance_is_at_another_speed_is_known_without_resampling_it(samples: int) -> None:
+    audio = np.zeros(samples, np.float32)
+    for percent in range(85, 116):
+        assert len(features.change_speed(audio, percent)) == features.samples_at(samples, percent)
+
+
+def test_the_longest_utterance_of_librispeech_gives_656_spliced_frames_at_the_lowest_speed() -> None:
+    frames = features.frame_count(features.samples_at(round(16.7 * features.RATE), 85))
+    assert features.spliced_count(frames, 3, 16) == 656

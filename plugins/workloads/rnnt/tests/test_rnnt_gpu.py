@@ -74,3 +74,13 @@ def test_its_encoder_is_a_graph_where_cuda_graphs_asks_for_it(tmp_path: Path) ->
     graphed = run_cli(*arguments, "+opt=cuda_graphs", run_dir=tmp_path / "graphed").expect(0)
     assert graphed.evidence["cuda_graphs"]["active"]
     torch.testing.assert_close(torch.tensor(graphed.losses), torch.tensor(eager.losses), rtol=1e-2, atol=0)
+
+
+def test_its_encoder_is_a_graph_for_every_full_batch_of_an_epoch(tmp_path: Path) -> None:
+    arguments = ("workload=rnnt", "stop.epochs=1", *ON_GPU)
+    eager = run_cli(*arguments, run_dir=tmp_path / "eager").expect(4)
+    graphed = run_cli(*arguments, "+opt=cuda_graphs", run_dir=tmp_path / "graphed").expect(4)
+    figures = graphed.evidence["cuda_graphs"]["figures"]["encoder"]
+    assert list(figures["eager_calls"].values()) == [1]  # the last batch
+    assert sum(count > 0 for count in figures["replays"].values()) >= 5
+    torch.testing.assert_close(torch.tensor(graphed.losses), torch.tensor(eager.losses), rtol=1e-2, atol=0)

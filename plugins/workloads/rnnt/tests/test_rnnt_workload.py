@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core.errors import UsageError
 from core.testing.cli import run_cli, run_ranks
+from core.types import Bucketed
 from timetrial_rnnt.workload import METRIC, RnntWorkload
 
 MakeWorkload = Callable[..., RnntWorkload]
@@ -172,3 +173,27 @@ def test_the_encoder_can_be_captured_and_there_are_few_shapes_of_its_input(make:
     for args, kwargs in calls:  # what torch.cuda.make_graphed_callables takes: tensors in order
         assert len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         assert args[0].shape[1] % workload.config.pad_frames_to == 0
+
+
+@pytest.mark.parametrize(("name", "size"), [("rnnt", 128), ("rnnt_mlperf", 8)])
+def test_every_full_batch_has_a_shape_that_it_names_for_capture(
+    name: str, size: int, make: MakeWorkload, prepared: Path
+) -> None:
+    settings = ("vocab_size=16",) if name == "rnnt_mlperf" else ()
+    root = str(prepared) if name == "rnnt_mlperf" else None
+    for rank in range(2):
+        workload = make(name, f"global_batch_size={size}", *settings, rank=rank, world=2, root=root)
+        workload.check_data()
+        named = [batch.data["features"].shape for batch in workload.capture_batches()]
+        frames = [shape[1] for shape in named]
+        assert frames == sorted(set(frames), reverse=True)
+        met = [batch.data["features"].shape for batch in workload.batches(1, 0)]
+        assert {shape for shape in met if shape[0] == size // 2} <= set(named)
+        assert max(met, key=lambda shape: shape[1])[1] > frames[-1]
+
+
+def test_on_synthetic_data_it_names_the_shape_of_that_for_capture(make: MakeWorkload) -> None:
+    workload = make("rnnt_mlperf", "global_batch_size=4", source="synthetic")
+    (batch,) = workload.capture_batches()
+    assert isinstance(workload, Bucketed)
+    assert batch.data["features"].shape == workload.synthetic_batch().data["features"].shape == (4, 560, 240)

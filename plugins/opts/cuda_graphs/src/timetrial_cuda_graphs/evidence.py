@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from core.types import Evidence
 from timetrial_cuda_graphs.graphed import Seen
-from timetrial_cuda_graphs.parts import Part
+from timetrial_cuda_graphs.parts import Part, Signature
+
+_EAGER_SHAPES = 16
+"""The most frequent ones are listed; there may be any number."""
 
 
 def of_steps(seen: Mapping[str, Seen], rounds_otherwise: bool) -> Evidence:
@@ -27,16 +31,31 @@ def of_steps(seen: Mapping[str, Seen], rounds_otherwise: bool) -> Evidence:
 
 def of_parts(parts: Mapping[str, Part]) -> Evidence:
     """Of parts of the model. Active once one was replayed."""
-    replays = sum(part.replays for part in parts.values())
-    eager = sum(part.eager_calls for part in parts.values())
+    replays = sum(part.replays.total() for part in parts.values())
+    eager = sum(part.eager_calls.total() for part in parts.values())
+    graphs = [f"{name}, {len(part.graphs)} shapes" for name, part in parts.items()]
     return Evidence(
         plugin="cuda_graphs",
         active=replays > 0,
-        summary=f"{len(parts)} parts of the model captured ({', '.join(parts)}): {replays} replays, "
-        f"{eager} eager calls of another shape",
-        figures={name: {"replays": part.replays, "eager_calls": part.eager_calls} for name, part in parts.items()},
+        summary=f"parts of the model captured ({'; '.join(graphs)}): {replays} replays, {eager} eager calls of "
+        "other shapes",
+        figures={
+            name: {
+                "replays": dict(_by_shapes(part.replays)),
+                "eager_calls": dict(_by_shapes(part.eager_calls).most_common(_EAGER_SHAPES)),
+            }
+            for name, part in parts.items()
+        },
         numerics="bitwise",
     )
+
+
+def _by_shapes(counts: Counter[Signature]) -> Counter[str]:
+    """By the shapes of a part's arguments, such as "32x56x240"."""
+    named = Counter[str]()
+    for signature, count in counts.items():
+        named[", ".join("x".join(map(str, shape)) for shape, *_ in signature)] += count
+    return named
 
 
 def _words(seen: Seen) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.checkpoint import generator_states, set_generator_states
-from core.errors import UsageError
+from core.errors import OutOfMemoryError, UsageError
 
-Signature = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+Signature = tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
+"""Of a part's arguments: all that its graph takes as fixed."""
 
 MakeGraphed = Callable[[tuple[nn.Module, ...], tuple[tuple[Tensor, ...], ...]], Any]
 """`torch.cuda.make_graphed_callables`: replaces each module's `forward`, given examples of its arguments."""
@@ -21,13 +23,21 @@ MakeGraphed = Callable[[tuple[nn.Module, ...], tuple[tuple[Tensor, ...], ...]], 
 
 @dataclass
 class Part:
-    """One submodule: its forward pass as written, as a graph, and how often each ran in training."""
+    """One submodule: its forward pass as written and as graphs, and how often each ran in training."""
 
     eager: Callable[..., Any]
-    graphed: Callable[..., Any]
-    signature: Signature
-    replays: int = 0
-    eager_calls: int = 0
+    graphs: dict[tuple[Signature, Signature], Callable[..., Any]] = field(default_factory=dict[Any, Any])
+    """By the arguments of the step's first part, and by its own."""
+    replays: Counter[Signature] = field(default_factory=Counter[Signature])
+    """0 for what was captured and not met yet."""
+    eager_calls: Counter[Signature] = field(default_factory=Counter[Signature])
+
+
+@dataclass
+class _Step:
+    """The step under way: what its first part was given."""
+
+    first: Signature = ()
 
 
 @dataclass(frozen=True)
@@ -37,41 +47,60 @@ class _Call:
     arguments: tuple[Tensor, ...]
     autocast: tuple[bool, torch.dtype]
 
+    @property
+    def signature(self) -> Signature:
+        return signature(self.arguments)
+
 
 def graph_parts(
-    model: nn.Module, names: tuple[str, ...], run: Callable[[], Any], device: torch.device, make_graphed: MakeGraphed
+    model: nn.Module,
+    names: tuple[str, ...],
+    passes: Iterable[Callable[[], Any]],
+    device: torch.device,
+    make_graphed: MakeGraphed,
 ) -> dict[str, Part]:
-    """Replaces the forward passes of the submodules `names` by graphs, for arguments shaped as in `run`, which makes
-    one forward pass in training mode. Other shapes, and evaluation, take the forward pass as written.
+    """Replaces the forward passes of the submodules `names` by graphs, for arguments shaped as in any of `passes`, each
+    of which makes one forward pass in training mode. Other shapes, and evaluation, take the forward pass as written.
+
+    All graphs may share one pool of memory, as long as `make_graphed` records on one stream: those of one pass are
+    recorded in the order in which they run, and a step replays those of one pass only. Until its update it needs
+    nothing else from the pool, and the next step needs nothing of it.
 
     Leaves parameters, buffers and random generators as they were. To be called before DistributedDataParallel wraps the
-    model. UsageError for a part that a graph cannot stand in for.
+    model. UsageError for a part that a graph cannot stand in for, OutOfMemoryError for too many shapes.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generators = generator_states(device)
     modules = {name: _find(model, name) for name in names}
-    calls = _observe(modules, run, device.type)
-    order = list(calls)  # as they ran: the graphs share memory, so the order of recording must be that of replaying
-    eager = {name: modules[name].forward for name in order}
-    enabled, dtype = _one_autocast(calls)
-    # Under autocast the weights' 16-bit copies would otherwise be cached, and freed with the cache.
-    context = torch.autocast(device.type, dtype, cache_enabled=False) if enabled else nullcontext()
-    with context:
-        make_graphed(tuple(modules[name] for name in order), tuple(calls[name].arguments for name in order))
-    parts: dict[str, Part] = {}
+    parts = {name: Part(module.forward) for name, module in modules.items()}
+    order: list[str] = []
+    for run in passes:
+        calls = _observe(modules, run, device.type)
+        order = order or list(calls)
+        first = calls[order[0]].signature
+        if (first, first) in parts[order[0]].graphs:
+            continue  # steps of this shape take the graphs of the earlier one
+        try:
+            _record(modules, parts, calls, first, make_graphed, device.type)
+        except torch.OutOfMemoryError as error:
+            done = len(parts[order[0]].graphs)
+            if not done:
+                raise
+            problem = f"out of memory: cuda_graphs has captured {done} shapes of batches and can hold no more"
+            fewer = max(1, done // 2)  # what is left over is for the rest of a step
+            raise OutOfMemoryError(f"{problem}; set opt.cuda_graphs.max_shapes={fewer}") from error
+    step = _Step()
     for name in order:
-        part = Part(eager[name], modules[name].forward, signature(calls[name].arguments))
-        modules[name].forward = _dispatch(modules[name], part)
-        parts[name] = part
+        modules[name].forward = _dispatch(modules[name], parts[name], step, leads=name == order[0])
     for tensor in model.parameters():
         tensor.grad = None
     model.load_state_dict(before)
     set_generator_states(device, generators)
-    return parts
+    return {name: parts[name] for name in order}
 
 
 def signature(arguments: tuple[Any, ...]) -> Signature:
-    return tuple((a.shape, a.dtype, a.device) for a in arguments)
+    return tuple((a.shape, a.dtype, a.device, a.requires_grad) for a in arguments)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
@@ -111,6 +140,26 @@ def _observe(modules: dict[str, nn.Module], run: Callable[[], Any], device_type:
     return calls
 
 
+def _record(
+    modules: dict[str, nn.Module],
+    parts: dict[str, Part],
+    calls: dict[str, _Call],
+    first: Signature,
+    make_graphed: MakeGraphed,
+    device_type: str,
+) -> None:
+    """Adds each part's graph for one shape; the modules keep the forward pass as written."""
+    enabled, dtype = _one_autocast(calls)
+    # Under autocast the weights' 16-bit copies would otherwise be cached, and freed with the cache.
+    context = torch.autocast(device_type, dtype, cache_enabled=False) if enabled else nullcontext()
+    with context:  # in the order in which they ran: the graphs share memory
+        make_graphed(tuple(modules[name] for name in calls), tuple(call.arguments for call in calls.values()))
+    for name, call in calls.items():
+        parts[name].graphs[first, call.signature] = modules[name].forward
+        parts[name].replays[call.signature] = 0
+        modules[name].forward = parts[name].eager
+
+
 def _one_autocast(calls: dict[str, _Call]) -> tuple[bool, torch.dtype]:
     states = {call.autocast for call in calls.values()}
     if len(states) > 1:
@@ -118,14 +167,21 @@ def _one_autocast(calls: dict[str, _Call]) -> tuple[bool, torch.dtype]:
     return states.pop()
 
 
-def _dispatch(module: nn.Module, part: Part) -> Callable[..., Any]:
+def _dispatch(module: nn.Module, part: Part, step: _Step, *, leads: bool) -> Callable[..., Any]:
+    """The forward pass of a part from now on. The first part of a step decides whose graphs the others may replay:
+    those of two shapes in one step would overwrite each other's activations."""
+
     def forward(*args: Any) -> Any:
         if not module.training:
             return part.eager(*args)
-        if signature(args) != part.signature:
-            part.eager_calls += 1
+        mine = signature(args)
+        if leads:
+            step.first = mine
+        graph = part.graphs.get((step.first, mine))
+        if graph is None:
+            part.eager_calls[mine] += 1
             return part.eager(*args)
-        part.replays += 1
-        return part.graphed(*args)
+        part.replays[mine] += 1
+        return graph(*args)
 
     return forward

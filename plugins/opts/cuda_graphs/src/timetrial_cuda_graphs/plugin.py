@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import RunConfig, checked
 from core.errors import UsageError
 from core.hookspecs import hookimpl
-from core.types import Backend, Evidence, OptSpec, Plugin, RunContext, Workload
+from core.types import Backend, Bucketed, Evidence, OptSpec, Plugin, RunContext, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,13 @@ INFERENCE_WARMUP = 3
 COMPILE_MODES = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that capture graphs themselves, which cannot be nested."""
 
+NOT_WITH_PARTS = {
+    "compile": "torch.compile cannot look into those",
+    # Besides, make_graphed_callables hands out gradients that its next backward pass overwrites (pytorch #181723).
+    "grad_accumulation": "those are captured for whole batches, and micro-batches are smaller",
+}
+"""Opts that conflict where only parts of a model are captured, each with the reason."""
+
 
 @dataclass(kw_only=True)
 class CudaGraphsConfig:
@@ -40,6 +49,8 @@ class CudaGraphsConfig:
     """Eager steps before the first capture; they are real, counted steps."""
     max_graphs: int = checked(at_least=1)
     """Graphs kept for training, and as many for inference."""
+    max_shapes: int = checked(at_least=1)
+    """Where only parts of a model are captured: shapes of batches for which they are."""
     inference: bool
     """Whether inference steps are captured too."""
 
@@ -104,22 +115,22 @@ class CudaGraphs(Plugin):
     # --------------------------------------------------------------------------------------------- parts, or the whole
 
     @hookimpl(wrapper=True)
-    def prepare_model(self, ctx: RunContext) -> Generator[None, nn.Module, nn.Module]:
-        model = yield
+    def distribute(self, ctx: RunContext, model: nn.Module) -> Generator[None, nn.Module, nn.Module]:
         if ctx.workload.spec.capture == "partial":
-            if "compile" in ctx.config.opt:
-                raise UsageError(
-                    "opts 'compile' and 'cuda_graphs' conflict for a workload of which only parts can be captured: "
-                    "torch.compile cannot look into those; leave one out"
-                )
-            from torch.cuda import make_graphed_callables
+            for name, reason in NOT_WITH_PARTS.items():
+                if name in ctx.config.opt:
+                    raise UsageError(
+                        f"opts '{name}' and 'cuda_graphs' conflict for a workload of which only parts can be captured: "
+                        f"{reason}; leave one out"
+                    )
+            from torch.cuda import graph_pool_handle, make_graphed_callables
 
             from timetrial_cuda_graphs.parts import graph_parts
 
-            self._parts = graph_parts(
-                model, ctx.workload.spec.capture_parts, _forward_pass(ctx, model), ctx.device, make_graphed_callables
-            )
-        return model
+            passes = _forward_passes(ctx, model, self.config.max_shapes)
+            make_graphed = partial(make_graphed_callables, pool=graph_pool_handle())
+            self._parts = graph_parts(model, ctx.workload.spec.capture_parts, passes, ctx.device, make_graphed)
+        return (yield)
 
     @hookimpl(wrapper=True)
     def make_optimizer(self, ctx: RunContext) -> Generator[None, torch.optim.Optimizer, torch.optim.Optimizer]:
@@ -195,8 +206,10 @@ class CudaGraphs(Plugin):
         return of_steps({purpose: step.seen for purpose, step in self._steps.items()}, self._rounds_otherwise)
 
 
-def _forward_pass(ctx: RunContext, model: nn.Module) -> Callable[[], Any]:
-    """One forward pass of training, on synthetic data."""
-    loss = ctx.component("loss", ctx.workload.loss)
-    (batch,) = ctx.feed([ctx.workload.synthetic_batch()])
-    return lambda: loss(model, batch.data)
+def _forward_passes(ctx: RunContext, model: nn.Module, most: int) -> Iterator[Callable[[], Any]]:
+    """Forward passes of training on synthetic data, one for each shape that the workload names."""
+    loss, workload = ctx.component("loss", ctx.workload.loss), ctx.workload
+    batches = workload.capture_batches() if isinstance(workload, Bucketed) else [workload.synthetic_batch()]
+    for batch in islice(batches, most):
+        (fed,) = ctx.feed([batch])  # one by one: nothing may be copied ahead while a graph is recorded
+        yield partial(loss, model, fed.data)

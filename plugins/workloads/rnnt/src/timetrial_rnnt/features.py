@@ -5,7 +5,6 @@ Letters: B utterances, S samples, M mel bands, T frames of 10 ms, F features of 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -52,6 +51,16 @@ class Masks:
 def frame_count(samples: int) -> int:
     """Frames of 10 ms that so many samples give."""
     return -(-samples // STRIDE)
+
+
+def samples_at(samples: int, percent: int) -> int:
+    """That so many samples become at so many percent of their speed."""
+    return -(-samples * 100 // percent)
+
+
+def spliced_count(frames: int, factor: int, multiple: int = 1) -> int:
+    """Spliced frames that so many frames give, padded to a `multiple`."""
+    return -(-frames // (factor * multiple)) * multiple
 
 
 def dithered(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -123,7 +132,7 @@ def splice(features_BMT: Tensor, frames: Tensor, factor: int, multiple: int = 1)
     """`factor` frames, end to end, become one: [B, T, F], and the number of such frames [B]. T is padded to a
     `multiple`."""
     size, bands, length = features_BMT.shape
-    wanted = math.ceil(math.ceil(length / factor) / multiple) * multiple
+    wanted = spliced_count(length, factor, multiple)
     padded = F.pad(features_BMT, (0, wanted * factor - length))
     spliced = padded.reshape(size, bands, wanted, factor).permute(0, 2, 3, 1).reshape(size, wanted, factor * bands)
     return spliced.contiguous(), -(-frames // factor)

@@ -88,16 +88,40 @@ class RnntWorkload:
 
     def synthetic_batch(self) -> Batch:
         """Noise of `synthetic_seconds`, and random labels; every utterance is as long as its row."""
+        samples = math.ceil(self.config.synthetic_seconds * features.RATE)
+        return self._noise(self._padded_frames(samples), self.config.synthetic_labels)
+
+    def capture_batches(self) -> Iterator[Batch]:
+        """One for each T that a full batch of training can have: those between the shortest utterance at the highest
+        speed and the longest at the lowest, the longest first. They have one label, which the encoder does not see.
+        On synthetic data there is but one shape."""
+        if self.ctx.synthetic:
+            yield self.synthetic_batch()
+            return
+        samples, config = np.rint(self.corpus.durations("train") * features.RATE), self.config
+        longest = features.samples_at(int(samples.max()), round(100 * config.speed_min))
+        shortest = features.samples_at(int(samples.min()), round(100 * config.speed_max))
+        if config.trim_silence_db is not None:
+            shortest = 1
+        step = config.pad_frames_to
+        for frames in range(self._padded_frames(longest), self._padded_frames(shortest) - 1, -step):
+            yield self._noise(frames, labels=1)
+
+    def _padded_frames(self, samples: int) -> int:
+        """T of a batch whose longest utterance has so many samples."""
+        return features.spliced_count(
+            features.frame_count(samples), self.config.splice_frames, self.config.pad_frames_to
+        )
+
+    def _noise(self, frames: int, labels: int) -> Batch:
+        """A full batch on the device, of utterances with so many spliced frames and labels each."""
         config, size = self.config, self.global_batch_size // self.ctx.world_size
         generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
-        frames = math.ceil(config.synthetic_seconds * features.RATE / features.STRIDE / config.splice_frames)
-        frames = math.ceil(frames / config.pad_frames_to) * config.pad_frames_to
-        labels = (size, config.synthetic_labels)
         data = {
             "features": torch.randn(size, frames, config.splice_frames * config.mels, generator=generator),
             "feature_lengths": torch.full((size,), frames),
-            "labels": torch.randint(config.vocab_size, labels, generator=generator),
-            "label_lengths": torch.full((size,), config.synthetic_labels),
+            "labels": torch.randint(config.vocab_size, (size, labels), generator=generator),
+            "label_lengths": torch.full((size,), labels),
         }
         return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
 
