@@ -55,9 +55,8 @@ def run_rank(plan: RunPlan) -> int:
             problem = f"out of memory (peak {peak / 2**30:.1f} GiB, global batch size {size})"
             error = OutOfMemoryError(f"{problem}: use a smaller global batch size")
         elif not isinstance(error, TimetrialError):
-            error = TimetrialError(
-                f"{type(error).__name__}: {error}"[:500], step=rank.ctx.position.step if rank else None
-            )
+            step = rank.ctx.position.step if rank else None
+            error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=step)
         run_dir = rank.ctx.run_dir if rank else Path(plan.run_dir)
         if run_dir != Path():
             path = _error_file(run_dir)
@@ -244,9 +243,12 @@ def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]
         return hooks.component(ctx=ctx, name=name, default=default)
 
     ctx.component = component
-    move: Any = functools.partial(pytree.tree_map_only, torch.Tensor, lambda t: t.to(ctx.device))
+
+    def moved(tree: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(ctx.device), tree)
+
     on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
-    ctx.feed = component("feed", iter if on_host else functools.partial(map, move))
+    ctx.feed = component("feed", iter if on_host else lambda trees: map(moved, trees))
     ctx.model = ctx.workload.build_model().to(ctx.device)
     return hooks.prepare_model(ctx=ctx, model=ctx.model), offered
 
