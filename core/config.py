@@ -86,9 +86,7 @@ class RunConfig:
 
 def validate(schema: type[T], node: Any, where: str) -> T:
     """`node` as an instance of the dataclass `schema`; `where` is its place in the configuration, such as "workload".
-
-    Raises UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range.
-    """
+    UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range."""
     try:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
     except ConfigKeyError as error:

@@ -22,10 +22,8 @@ from core.resolve import RunPlan
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
-    """Runs the plan to its end. Returns the run folder and the exit status.
-
-    `isolate` starts even a single rank as a process of its own (each job of a sweep gets a fresh interpreter).
-    """
+    """Runs the plan to its end. Returns the run folder and the exit status. `isolate` starts even a single rank as a
+    process of its own (each job of a sweep gets a fresh interpreter)."""
     config = plan.root()
     if int(os.environ.get("RANK", 0)) == 0:  # under an outer launcher, rank 0 makes the folder and tells the others
         plan = _prepare(plan, config)
@@ -77,10 +75,9 @@ def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -
         raise UsageError(f"the run in {run_dir} is complete ({result['status']}); choose another run_dir")
     changed = plan.hash() != old.hash()
     if changed and not config.resume_changed:
-        remedy = (
-            "give the same command, choose another run_dir, or add resume_changed=true (the run is then not scored)"
-        )
-        raise UsageError(f"cannot continue {previous}: {_difference(old, plan)} changed; {remedy}")
+        problem = f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command"
+        remedy = "choose another run_dir, or add resume_changed=true (the run is then not scored)"
+        raise UsageError(f"{problem}, {remedy}")
     seed = old.seed if config.seed == "clock" else plan.seed
     restarts, changed = result.get("restarts", 0) + 1, changed or result.get("changed", False)
     return replace(plan, seed=seed, resume_from=str(previous), restarts=restarts, changed=changed)

@@ -94,9 +94,7 @@ def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[
 
 def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """The manifest of a prepared folder, once its files' sums are checked: every `world_size`-th one, from `rank` on.
-
-    Raises DataError, naming the file and how to prepare it.
-    """
+    DataError, naming the file and how to prepare it, where one is missing or differs."""
     remedy = f"prepare it with `python -m core.prepare workload={workload} source=... out={root}`"
     try:
         manifest = json.loads((root / MANIFEST).read_text())

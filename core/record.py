@@ -32,9 +32,7 @@ _SOFTWARE = ("timetrial", "torch", "torchvision", "torchaudio", "transformers", 
 
 class Record:
     """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved.
-
-    `mllog` is the official logger; on ranks other than 0 (not `enabled`) it writes nowhere.
-    """
+    `mllog` is the official logger; on ranks other than 0 (not `enabled`) it writes nowhere."""
 
     def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
         self.continued = bool(offsets)

@@ -86,10 +86,8 @@ class RunPlan:
 
 
 def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) -> RunPlan:
-    """Checks everything that can be checked before a process starts. Raises UsageError or PluginError.
-
-    `choices` are Hydra's: the option chosen in each group. The order of opts on the command line does not matter.
-    """
+    """Checks everything that can be checked before a process starts, and raises UsageError or PluginError. `choices`
+    are Hydra's: the option chosen in each group. The order of opts on the command line does not matter."""
     root = validate(RunConfig, config, "")
     raw = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     world_size = int(os.environ.get("WORLD_SIZE", root.launch.nproc))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from mlperf_logging.mllog import constants
@@ -195,18 +196,17 @@ class Watch:
         # Rank 0's clock decides; a signal counts whichever rank received it.
         _, save, late, interval = table[0][: len(flags)]
         self._schedule(int(interval))
+        losses = np.array(table)[:, len(flags) :].T  # by step and rank
+        for index, rank in np.argwhere(~np.isfinite(losses)).tolist():
+            step = self.looked + index + 1
+            what = f"the loss of step {step} is {losses[index, rank]} on rank {rank}"
+            remedy = "lower the learning rate, or look at the input of that step"
+            raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
         # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
-        by_step = list(zip(*(row[len(flags) :] for row in table), strict=True))
-        for step, row in enumerate(by_step, position.step - len(by_step) + 1):
-            for rank, loss in enumerate(row):
-                if not math.isfinite(loss):
-                    what = f"the loss of step {step} is {loss} on rank {rank}"
-                    remedy = "lower the learning rate, or look at the input of that step"
-                    raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
-        means = [math.fsum(row) / len(row) for row in by_step]
+        means = losses.mean(axis=1).tolist()
         speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload
         values = {
-            "loss": math.fsum(means) / len(means),
+            "loss": float(losses.mean()),
             "learning_rate": float(self.ctx.optimizer.param_groups[0]["lr"]),
             "samples_per_s": speed,
         }
