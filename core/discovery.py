@@ -101,11 +101,13 @@ class Registry:
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
     """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
     found: dict[tuple[str, str, str], Installed] = {}
+    points = metadata.entry_points()
     for kind in KINDS:
-        for point in metadata.entry_points(group=f"timetrial.{kind}"):
+        for point in points.select(group=f"timetrial.{kind}"):
             if point.dist is not None and (allowed is None or point.name in allowed):
-                distribution = re.sub(r"[-_.]+", "-", point.dist.name).lower()
-                plugin = Installed(kind, point.name, point.value, distribution, point.dist.version)
+                about = point.dist.metadata  # parsed anew each time that it is asked for
+                distribution = re.sub(r"[-_.]+", "-", about["Name"]).lower()
+                plugin = Installed(kind, point.name, point.value, distribution, about["Version"])
                 # One distribution can be seen twice, as an editable install and as a folder on sys.path.
                 found.setdefault((kind, point.name, distribution), plugin)
     return Registry(found.values(), blocked)

@@ -128,8 +128,8 @@ def describe_system(submission: SubmissionConfig, world_size: int) -> dict[str, 
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models, sockets = re.findall(r"model name\s*: (.*)", info), set(re.findall(r"physical id\s*: (\d+)", info))
-    frequency, software = psutil.cpu_freq(), {d.name: d.version for d in importlib.metadata.distributions()}
-    count = torch.accelerator.device_count()
+    software = {name: d.version for name in _SOFTWARE for d in importlib.metadata.distributions(name=name)}
+    frequency, count = psutil.cpu_freq(), torch.accelerator.device_count()
     accelerator = torch.get_device_module().get_device_properties(0) if count else None
     return {
         **submission.system,
@@ -149,7 +149,7 @@ def describe_system(submission: SubmissionConfig, world_size: int) -> dict[str, 
         "accelerator_model_name": accelerator.name if accelerator else "",
         "accelerator_memory_capacity": f"{accelerator.total_memory / 1e9:.0f} GB" if accelerator else "",
         "framework": f"PyTorch {torch.__version__}",
-        "other_software_stack": {name: software[name] for name in _SOFTWARE if name in software},
+        "other_software_stack": software,
         "operating_system": platform.platform(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),

@@ -56,16 +56,16 @@ def _options_of(group: str, registry: Registry) -> list[str]:
 def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
     if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
         raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
+    if not any(argument.startswith(("-", "hydra")) for argument in arguments):
+        return _run(*compose(arguments, registry), arguments, registry)[1]  # Hydra's own main composes twice: 0.1 s
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from core.launch import launch
     from core.record import write_failure
-    from core.report import print_sweep, summary
-    from core.resolve import resolve
+    from core.report import print_sweep
 
-    jobs: list[tuple[list[str], Path, int]] = []  # of a sweep, or the only one
+    jobs: list[tuple[list[str], Path, int]] = []
     multirun = False
 
     def job(config: Any) -> None:
@@ -76,10 +76,7 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> i
             config.run_dir = config.run_dir or hydra_config.runtime.output_dir
         run_dir = Path(config.run_dir or "")
         try:
-            _refuse_duplicates(overrides)
-            run_dir, code = launch(resolve(config, hydra_config.runtime.choices, registry), isolate=multirun)
-            if run_dir != Path():  # an outer launcher's other ranks have none
-                print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
+            run_dir, code = _run(config, hydra_config.runtime.choices, overrides, registry, isolate=multirun)
         except TimetrialError as error:
             code = error.show(debug)
             if multirun:
@@ -97,6 +94,21 @@ def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> i
             print_sweep(jobs)
     failures = [code for _, _, code in jobs if code]
     return failures[0] if failures and not multirun else EXIT_CODES["failed" if failures else "success"]
+
+
+def _run(
+    config: Any, choices: Any, overrides: list[str], registry: Registry, isolate: bool = False
+) -> tuple[Path, int]:
+    """One run, to the line that says how it ended. Returns its folder and its exit status."""
+    from core.launch import launch
+    from core.report import summary
+    from core.resolve import resolve
+
+    _refuse_duplicates(overrides)
+    run_dir, code = launch(resolve(config, choices, registry), isolate=isolate)
+    if run_dir != Path():  # an outer launcher's other ranks have none
+        print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
+    return run_dir, code
 
 
 def _refuse_duplicates(overrides: list[str]) -> None:
@@ -157,14 +169,16 @@ def _explain(error: Exception, registry: Registry) -> str:
 
 
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
-    """The configuration of these overrides and the option chosen in each group, for a command that starts no run."""
+    """The configuration of these overrides, and the option chosen in each group."""
     import hydra
     from omegaconf import open_dict
 
     with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
+        choices = config.hydra.runtime.choices
     with open_dict(config):
-        return config, config.pop("hydra").runtime.choices
+        del config["hydra"]
+    return config, choices
 
 
 if __name__ == "__main__":
