@@ -56,7 +56,7 @@ def _options_of(group: str, registry: Registry) -> list[str]:
 def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
     if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
         raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
-    if not any(argument.startswith(("-", "hydra")) for argument in arguments):
+    if not any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
         return _run(*compose(arguments, registry), arguments, registry)[1]  # Hydra's own main composes twice: 0.1 s
     import hydra
     from hydra.core.hydra_config import HydraConfig

@@ -4,7 +4,7 @@
     uv run --group bench python tools/bench_overhead.py          and against Accelerate, Lightning, Hugging Face Trainer
     uv run python tools/bench_overhead.py --contenders core --sizes '1 ms' --rounds 1 --steps 200        a quick look
 
-The figures mean something on a machine that is otherwise idle: all contenders, sizes and 7 rounds take half an hour.
+The figures mean something only on a machine that is otherwise idle.
 
 Every contender trains the same network on the same batches with the same optimizer (the workload `toy`, three sizes),
 in a process of its own with one torch thread. Rounds are interleaved; differences and ratios are taken within a round.
