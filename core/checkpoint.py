@@ -1,22 +1,20 @@
 """Checkpoints: complete or absent, checked by SHA-256, and made of tensors and plain data only.
 
     checkpoints/step_00000040/
-        shared.safetensors shared.json      model, optimizer, position, log offsets (written by rank 0)
-        rank0.safetensors rank0.json ...    each rank's own: generator states, workload and plugin states
-        manifest.json                       SHA-256 of each file; written last, then the folder is renamed into place
+        shared.safetensors      model, optimizer, position, log offsets (written by rank 0)
+        rank0.safetensors ...   each rank's own: generator states, workload and plugin states
+        manifest.json           SHA-256 of each file; written last, then the folder is renamed into place
 
-Loading parses safetensors and JSON and so executes nothing. `save` and `load` take trees of dicts, lists, tuples,
-tensors, numbers, strings, booleans and None; a later asynchronous or sharded writer replaces `_write_tree` alone.
+Loading parses safetensors and JSON, which is their metadata, and so executes nothing. `save` and `load` take trees of
+dicts, lists, tuples, tensors, numbers, strings, booleans and None; another writer would replace `_write_tree` alone.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from core.record import sha256
 from core.testing import faults
 from core.types import Backend
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpointer:
@@ -37,6 +35,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, backend: Backend, keep: int) -> None:
         self.folder, self.backend, self.keep = folder, backend, keep
+        self._barrier = lambda: backend.all_gather([0.0])
 
     def save(self, step: int, shared: dict[str, Any], local: dict[str, Any]) -> None:
         """Commits a checkpoint, then drops the oldest beyond `keep`. On failure the previous ones are untouched."""
@@ -47,10 +46,9 @@ class Checkpointer:
                     shutil.rmtree(leftover)
                 partial.mkdir(parents=True)
             self._barrier()
-            sums = _write_tree(partial, f"rank{rank}", local)
+            _write_tree(partial, f"rank{rank}", local)
             if rank == 0:
-                sums |= _write_tree(partial, "shared", shared)
-            (partial / f"sums{rank}.json").write_text(json.dumps(sums))
+                _write_tree(partial, "shared", shared)
             faults.strike("checkpoint.write", step, rank)
             self._barrier()
             if rank == 0:
@@ -62,10 +60,7 @@ class Checkpointer:
             raise CheckpointError(f"{problem}; {remedy}", rank=rank, step=step) from error
 
     def _commit(self, step: int, partial: Path) -> None:
-        files: dict[str, str] = {}
-        for path in partial.glob("sums*.json"):
-            files |= json.loads(path.read_text())
-            path.unlink()
+        files = {path.name: sha256(path) for path in partial.iterdir()}
         manifest = {"format": FORMAT, "step": step, "world_size": self.backend.world_size, "files": files}
         _write(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         faults.strike("checkpoint.commit", step, self.backend.rank)
@@ -84,9 +79,7 @@ class Checkpointer:
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """From the newest intact checkpoint, what all ranks share and this rank's own; None where there is none yet.
-
-        Raises CheckpointError where there are checkpoints but every one is damaged.
-        """
+        CheckpointError where there are some but each is damaged."""
         chosen = self.backend.broadcast(self._newest_intact() if self.backend.rank == 0 else None)
         if chosen is None:
             return None
@@ -107,9 +100,6 @@ class Checkpointer:
         if problems:
             raise CheckpointError(f"{problems[0]}, and no other is intact in {self.folder}; choose another run_dir")
         return None
-
-    def _barrier(self) -> None:
-        self.backend.all_gather([0.0])
 
 
 def gathered(tree: Any) -> Any:
@@ -170,20 +160,17 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> dict[str, str]:
-    """Writes a tree as name.safetensors and name.json; returns file name -> SHA-256."""
+def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    plain = json.dumps(_strip(tree, name, tensors)).encode()
-    files = {f"{name}.json": plain, f"{name}.safetensors": safetensors.torch.save(tensors)}
-    for file, data in files.items():
-        _write(folder / file, data)
-    return {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+    plain = json.dumps(_strip(tree, name, tensors))
+    _write(folder / f"{name}.safetensors", safetensors.torch.save(tensors, {"tree": plain}))
 
 
 def _read_tree(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.safetensors"
     try:
-        return _restore(json.loads(path.with_suffix(".json").read_text()), safetensors.torch.load_file(path))
+        with safetensors.safe_open(path, "pt") as file:
+            return _restore(json.loads(file.metadata()["tree"]), file.get_tensor)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is refused, it is no safetensors file: {error}") from None
 
@@ -196,23 +183,22 @@ def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, dict):
         return {"dict": [[key, _strip(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        items = [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
-        return {"list" if isinstance(tree, list) else "tuple": items}
+        tag = "list" if isinstance(tree, list) else "tuple"
+        return {tag: [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise CheckpointError(f"{path} is a {type(tree).__name__}; only tensors and plain data can be saved")
 
 
-def _restore(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _restore(plain: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     if not isinstance(plain, dict):
         return plain
     (tag, value), *_ = plain.items()
     if tag == "tensor":
-        return tensors[value]
+        return tensor(value)
     if tag == "dict":
-        return {key: _restore(item, tensors) for key, item in value}
-    items = [_restore(item, tensors) for item in value]
-    return items if tag == "list" else tuple(items)
+        return {key: _restore(item, tensor) for key, item in value}
+    return (list if tag == "list" else tuple)(_restore(item, tensor) for item in value)
 
 
 def _write(path: Path, data: bytes) -> None:

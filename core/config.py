@@ -1,16 +1,13 @@
 """Schemas of the root configuration, and the one way in which any configuration is checked against its schema.
 
-YAML holds the values, a dataclass the types, ranges and meaning: `validate` merges the two, so a misspelt key, a wrong
-type or a value out of range is refused before anything starts, whichever way it was given.
+YAML holds the values, a dataclass types, ranges and meaning: whichever way a value was given, `validate` sees it.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -18,19 +15,13 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from core.errors import UsageError, nearest
 
 T = TypeVar("T")
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 
 def checked(*, choices: tuple[str, ...] | None = None, **bounds: float) -> Any:
     """A dataclass field that `validate` holds to `choices`, or to the bounds `at_least`, `above` and `at_most`."""
     assert bounds.keys() <= _BOUNDS.keys()
     return dataclasses.field(metadata={"choices": choices, "bounds": bounds})
-
-
-_BOUNDS = {
-    "at_least": (operator.ge, "at least"),
-    "above": (operator.gt, "a number above"),
-    "at_most": (operator.le, "at most"),
-}
 
 
 @dataclass(kw_only=True)
@@ -68,6 +59,7 @@ class SubmissionConfig:
     platform: str
     division: str = checked(choices=("open", "closed"))
     status: str = checked(choices=("cloud", "onprem", "preview", "research"))
+    system: dict[str, str]
 
 
 @dataclass(kw_only=True)
@@ -94,11 +86,9 @@ class RunConfig:
 
 def validate(schema: type[T], node: Any, where: str) -> T:
     """`node` as an instance of the dataclass `schema`; `where` is its place in the configuration, such as "workload".
-
-    Raises UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range.
-    """
+    UsageError, naming the key, for an unknown key, a wrong type, a missing value or one out of range."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
     except ConfigKeyError as error:
         raise UsageError(unknown_key(error, where)) from None
     except MissingMandatoryValue as error:
@@ -107,7 +97,7 @@ def validate(schema: type[T], node: Any, where: str) -> T:
         message = str(error.msg or error).splitlines()[0]
         raise UsageError(f"{_join(where, error.full_key)}: {message}") from None
     _check_ranges(config, where)
-    return cast(T, config)
+    return config
 
 
 def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:
@@ -131,6 +121,6 @@ def _check_ranges(config: Any, where: str) -> None:
             if item.metadata["choices"] and value not in item.metadata["choices"]:
                 raise UsageError(f"{name}={value}: {nearest(str(value), item.metadata['choices'])}")
             for bound, limit in item.metadata["bounds"].items():
-                holds, words = _BOUNDS[bound]
-                if not holds(value, limit):
+                if not _BOUNDS[bound](value, limit):
+                    words = bound.replace("above", "a number above").replace("_", " ")
                     raise UsageError(f"{name}={value} is out of range; {words} {limit:g} is expected")

@@ -4,8 +4,6 @@ Every example is used exactly once an epoch (v1.1 rules, section 6.2). The last 
 where the batch size does not divide the number of examples; `Batch.weight` makes its loss the global mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,15 +40,12 @@ class EpochSampler:
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
-            raise DataError(
-                f"the global batch size {self.global_batch} does not divide by {self.world_size} ranks: "
-                f"choose a multiple, such as {-(-self.global_batch // self.world_size) * self.world_size}"
-            )
+            uneven = f"the global batch size {self.global_batch} does not divide by {self.world_size} ranks"
+            multiple = -(-self.global_batch // self.world_size) * self.world_size
+            raise DataError(f"{uneven}: choose a multiple, such as {multiple}")
         if self.examples < self.global_batch:
-            raise DataError(
-                f"the training set has {self.examples} examples, fewer than one global batch of {self.global_batch}: "
-                "choose a smaller batch size or more data"
-            )
+            few = f"the training set has {self.examples} examples, fewer than one global batch of {self.global_batch}"
+            raise DataError(f"{few}: choose a smaller batch size or more data")
 
     @property
     def batches(self) -> int:
@@ -64,15 +59,13 @@ class EpochSampler:
 
     def epoch(self, seed: int, first_batch: int = 0) -> Iterator[Share]:
         """This rank's shares of an epoch's batches, from `first_batch` on; `seed` must differ from epoch to epoch."""
-        order = self.order(seed)
-        last = self.batches - 1
+        order, last = self.order(seed), self.batches - 1
         for number in range(first_batch, self.batches):
             start = number * self.global_batch
             batch = order[start:] if number == last else order[start : start + self.global_batch]
             share = eval_share(len(batch), self.rank, self.world_size)
             mine = batch[share.start : share.stop]
-            weight = len(mine) * self.world_size / len(batch)
-            yield Share(number, mine, len(batch), weight)
+            yield Share(number, mine, len(batch), weight=len(mine) * self.world_size / len(batch))
 
 
 def eval_share(examples: int, rank: int, world_size: int) -> range:

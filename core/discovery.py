@@ -4,8 +4,6 @@ A plugin is an entry point in the group `timetrial.<kind>`; its name is the name
 in the plugin's package as `conf/<kind>/<name>.yaml`. Several options may share one plugin class.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re
@@ -52,20 +50,17 @@ class Installed:
 
     def load(self) -> type[Plugin]:
         """Imports the plugin's class. PluginError if that fails, or if it was built for another interface."""
-        module, _, attribute = self.target.partition(":")
         who = f"{self.kind} '{self.name}' (distribution {self.distribution} {self.version})"
         try:
-            plugin = getattr(importlib.import_module(module), attribute)
+            plugin = metadata.EntryPoint(self.name, self.target, f"timetrial.{self.kind}").load()
         except Exception as error:
             problem = f"{who} cannot be imported: {type(error).__name__}: {error}"
             raise PluginError(f"{problem}; reinstall or update {self.distribution}") from error
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
             raise PluginError(f"{who}: {self.target} is not a subclass of core.types.Plugin")
         if plugin.spec.interface != INTERFACE:
-            raise PluginError(
-                f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}: "
-                f"install the release of {self.distribution} that fits, or update timetrial"
-            )
+            problem = f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}"
+            raise PluginError(f"{problem}: install the release of {self.distribution} that fits, or update timetrial")
         return plugin
 
     def source_hash(self) -> str:
@@ -81,24 +76,9 @@ class Registry:
 
     def __init__(self, installed: Iterable[Installed], blocked: Iterable[str] = ()) -> None:
         self.blocked = frozenset(blocked)
-        self.plugins = sorted(
-            (p for p in installed if p.name not in self.blocked), key=lambda p: (KINDS.index(p.kind), p.name)
-        )
-        self._refuse_clashes()
-
-    def names(self, kind: str) -> list[str]:
-        return [p.name for p in self.plugins if p.kind == kind]
-
-    def find(self, kind: Kind, name: str) -> Installed:
-        for plugin in self.plugins:
-            if (plugin.kind, plugin.name) == (kind, name):
-                return plugin
-        reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
-        raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
-
-    def _refuse_clashes(self) -> None:
-        """Hydra and pluggy would let one silently shadow the other."""
-        owners: dict[str, Installed] = {}
+        allowed = (plugin for plugin in installed if plugin.name not in self.blocked)
+        self.plugins = sorted(allowed, key=lambda plugin: (KINDS.index(plugin.kind), plugin.name))
+        owners: dict[str, Installed] = {}  # Hydra and pluggy would let one silently shadow the other
         for plugin in self.plugins:
             files = sorted(path.relative_to(plugin.conf_dir) for path in plugin.conf_dir.rglob("*.yaml"))
             for claim in (f"{plugin.kind} '{plugin.name}'", *(f"the configuration file {file}" for file in files)):
@@ -107,15 +87,27 @@ class Registry:
                     both = f"{other.distribution} and {plugin.distribution}"
                     raise PluginError(f"{claim} is shipped by both {both}: uninstall one of them")
 
+    def names(self, kind: str) -> list[str]:
+        return [p.name for p in self.plugins if p.kind == kind]
+
+    def find(self, kind: Kind, name: str) -> Installed:
+        found = [plugin for plugin in self.plugins if (plugin.kind, plugin.name) == (kind, name)]
+        if not found:
+            reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
+            raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
+        return found[0]
+
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
     """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
     found: dict[tuple[str, str, str], Installed] = {}
+    points = metadata.entry_points()
     for kind in KINDS:
-        for point in metadata.entry_points(group=f"timetrial.{kind}"):
+        for point in points.select(group=f"timetrial.{kind}"):
             if point.dist is not None and (allowed is None or point.name in allowed):
-                distribution = re.sub(r"[-_.]+", "-", point.dist.name).lower()
-                plugin = Installed(kind, point.name, point.value, distribution, point.dist.version)
+                about = point.dist.metadata  # parsed anew each time that it is asked for
+                distribution = re.sub(r"[-_.]+", "-", about["Name"]).lower()
+                plugin = Installed(kind, point.name, point.value, distribution, about["Version"])
                 # One distribution can be seen twice, as an editable install and as a folder on sys.path.
                 found.setdefault((kind, point.name, distribution), plugin)
     return Registry(found.values(), blocked)

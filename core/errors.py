@@ -1,7 +1,5 @@
 """Typed errors: each becomes one line on stderr, one exit status and one `error` entry in result.json."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 import traceback
@@ -18,6 +16,10 @@ class TimetrialError(Exception):
 
     kind = status = "failed"
     exit_code = EXIT_CODES["failed"]
+
+    def __init_subclass__(cls, kind: str, exit_code: int | None = None) -> None:
+        cls.kind, cls.status = kind, kind if kind in EXIT_CODES else "failed"
+        cls.exit_code = exit_code or EXIT_CODES[cls.status]
 
     def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
         self.message, self.rank, self.step = " ".join(message.split()), rank, step
@@ -36,49 +38,32 @@ class TimetrialError(Exception):
         return self.exit_code
 
 
-class UsageError(TimetrialError):
+class UsageError(TimetrialError, kind="usage", exit_code=2):
     """A mistake on the command line or in the configuration, or a requirement this machine does not meet."""
 
-    kind = "usage"
-    exit_code = 2
 
-
-class PluginError(UsageError):
+class PluginError(UsageError, kind="plugin", exit_code=2):
     """A plugin that cannot be discovered, loaded or composed."""
 
-    kind = "plugin"
 
-
-class DataError(TimetrialError):
+class DataError(TimetrialError, kind="data"):
     """Missing, corrupt or too little data; names the file and how to prepare it."""
 
-    kind = "data"
 
-
-class CheckpointError(TimetrialError):
+class CheckpointError(TimetrialError, kind="checkpoint"):
     """A checkpoint that cannot be written, verified or applied."""
 
-    kind = "checkpoint"
 
-
-class DivergedError(TimetrialError):
+class DivergedError(TimetrialError, kind="diverged"):
     """A loss, gradient or parameter that is not finite."""
 
-    kind = status = "diverged"
-    exit_code = EXIT_CODES["diverged"]
 
-
-class OutOfMemoryError(TimetrialError):
+class OutOfMemoryError(TimetrialError, kind="out_of_memory"):
     """Device memory ran out; the message carries the peak."""
 
-    kind = "out_of_memory"
 
-
-class StoppedError(TimetrialError):
+class StoppedError(TimetrialError, kind="stopped"):
     """A signal came while nothing could be saved."""
-
-    kind = status = "stopped"
-    exit_code = EXIT_CODES["stopped"]
 
 
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:

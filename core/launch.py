@@ -1,10 +1,7 @@
 """A resolved plan becomes worker processes and, when they have ended, one result and one exit status.
 
-One rank runs in place, which keeps it debuggable. More ranks are started by torch.distributed.run. Where an outer
-torchrun has already started this process as a rank, it runs in place as well.
+One rank runs in place, to be debuggable, as does a rank of an outer torchrun; torch.distributed.run starts several.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -21,30 +18,28 @@ import psutil
 from core.config import RunConfig
 from core.errors import EXIT_CODES, TimetrialError, UsageError
 from core.record import new_run_name, read_result, update_result, write_failure, write_json
-from core.resolve import Attempt, RunPlan
+from core.resolve import RunPlan
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
-    """Runs the plan to its end. Returns the run folder and the exit status.
-
-    `isolate` starts even a single rank as a process of its own (each job of a sweep gets a fresh interpreter).
-    """
-    config, attempt = plan.root(), Attempt(run_dir="")
+    """Runs the plan to its end. Returns the run folder and the exit status. `isolate` starts even a single rank as a
+    process of its own (each job of a sweep gets a fresh interpreter)."""
+    config = plan.root()
     if int(os.environ.get("RANK", 0)) == 0:  # under an outer launcher, rank 0 makes the folder and tells the others
-        plan, attempt = _prepare(plan, config)
+        plan = _prepare(plan, config)
     with _environment(plan, config):
         if "RANK" in os.environ or (plan.world_size == 1 and not isolate):
             from core.worker import run_rank  # imports torch
 
-            code = run_rank(plan, attempt)
+            code = run_rank(plan)
         else:
-            code = _elastic(plan, attempt)
-    run_dir = Path(attempt.run_dir)
-    return run_dir, _settle(run_dir, code) if attempt.run_dir else code
+            code = _elastic(plan)
+    run_dir = Path(plan.run_dir)
+    return run_dir, _settle(run_dir, code) if plan.run_dir else code
 
 
-def _prepare(plan: RunPlan, config: RunConfig) -> tuple[RunPlan, Attempt]:
-    """The run folder: a new one, or one with a run to continue."""
+def _prepare(plan: RunPlan, config: RunConfig) -> RunPlan:
+    """Makes the run folder, or finds the run to continue in it, and writes down the plan."""
     try:
         run_dir = Path(config.run_dir or Path("runs", new_run_name(plan.workload))).absolute()
         run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
@@ -61,33 +56,31 @@ def _prepare(plan: RunPlan, config: RunConfig) -> tuple[RunPlan, Attempt]:
         previous = Path(config.resume).absolute()
         if not (previous / "resolved.yaml").exists():
             raise UsageError(f"resume={config.resume} is not a run folder; expected auto, never or a run folder")
-    attempt = Attempt(str(run_dir))
+    plan = replace(plan, run_dir=str(run_dir))
     if previous is not None:
-        plan, attempt = _continue(plan, config, run_dir, previous)
+        plan = _continue(plan, config, run_dir, previous)
     plan.save(run_dir / "resolved.yaml")
     for stale in (run_dir / "errors").glob("rank*"):
         stale.unlink()
     update_result(run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv])
-    return plan, attempt
+    return plan
 
 
-def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -> tuple[RunPlan, Attempt]:
+def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -> RunPlan:
     """The run in `previous`, carried on by `plan`. UsageError where that may not be."""
     result, old = read_result(previous), RunPlan.load(previous / "resolved.yaml")
     if previous == run_dir and config.resume == "never":
         raise UsageError(f"{run_dir} already holds a run, and resume=never; choose another run_dir")
     if previous == run_dir and result.get("status") in ("success", "throughput"):
         raise UsageError(f"the run in {run_dir} is complete ({result['status']}); choose another run_dir")
-    if config.seed == "clock":
-        plan = replace(plan, seed=old.seed)
     changed = plan.hash() != old.hash()
     if changed and not config.resume_changed:
-        raise UsageError(
-            f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command, choose another "
-            "run_dir, or add resume_changed=true (the run is then not scored)"
-        )
-    restarts, changed = int(result.get("restarts", 0)) + 1, changed or bool(result.get("changed"))
-    return plan, Attempt(str(run_dir), str(previous), restarts, changed)
+        problem = f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command"
+        remedy = "choose another run_dir, or add resume_changed=true (the run is then not scored)"
+        raise UsageError(f"{problem}, {remedy}")
+    seed = old.seed if config.seed == "clock" else plan.seed
+    restarts, changed = result.get("restarts", 0) + 1, changed or result.get("changed", False)
+    return replace(plan, seed=seed, resume_from=str(previous), restarts=restarts, changed=changed)
 
 
 def _difference(old: RunPlan, new: RunPlan) -> str:
@@ -129,7 +122,7 @@ def _environment(plan: RunPlan, config: RunConfig) -> Generator[None]:
         os.environ.update(before)
 
 
-def _elastic(plan: RunPlan, attempt: Attempt) -> int:
+def _elastic(plan: RunPlan) -> int:
     """The ranks of this machine under torch.distributed.run; its agent runs in this process and handles signals."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -138,13 +131,13 @@ def _elastic(plan: RunPlan, attempt: Attempt) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the cause is ours to print, in one line
     arguments = ["--standalone", f"--nproc-per-node={plan.world_size}", "--max-restarts=0"]
     try:
-        torchrun.run(torchrun.parse_args([*arguments, "-m", "core.worker", json.dumps(vars(attempt))]))
+        torchrun.run(torchrun.parse_args([*arguments, "-m", "core.worker", plan.run_dir]))
         return 0
     except SignalException:
         return EXIT_CODES["stopped"]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        path = Path(attempt.run_dir, "errors", f"rank{rank}.json")
+        path = Path(plan.run_dir, "errors", f"rank{rank}.json")
         if failure.exitcode < 0 and not path.exists():  # a rank that a signal killed could not say so itself
             path.parent.mkdir(exist_ok=True)
             cause = f"rank {rank} was killed by {failure.signal_name()}"

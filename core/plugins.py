@@ -1,7 +1,5 @@
 """`python -m core.plugins`: what is installed, what each plugin requires, and whether this machine can run it."""
 
-from __future__ import annotations
-
 import sys
 
 from core.discovery import Installed, discover
@@ -12,24 +10,18 @@ from core.types import BackendSpec, Devices, PluginSpec
 
 
 def main() -> int:
-    return exit_status(_main)
-
-
-def _main() -> int:
-    specs = {plugin: _spec(plugin) for plugin in discover().plugins}
+    specs: dict[Installed, PluginSpec | PluginError] = {}
+    for plugin in discover().plugins:
+        try:
+            specs[plugin] = plugin.load().spec
+        except PluginError as error:
+            specs[plugin] = error
     probes = {plugin: spec.probe() for plugin, spec in specs.items() if isinstance(spec, BackendSpec)}
     offered = capabilities(*probes.values(), multi_rank=True, multi_node=True)
     headings = ("kind", "name", "version", "distribution", "summary", "requires", "runs here")
     about = {p: (p.kind, p.name, p.version, p.distribution) for p in specs}
     print_table(headings, [(*about[p], *_verdict(spec, probes.get(p), offered)) for p, spec in specs.items()], 200)
     return 0
-
-
-def _spec(plugin: Installed) -> PluginSpec | PluginError:
-    try:
-        return plugin.load().spec
-    except PluginError as error:
-        return error
 
 
 def _verdict(spec: PluginSpec | PluginError, devices: Devices | None, offered: set[str]) -> tuple[str, str, str]:
@@ -42,4 +34,4 @@ def _verdict(spec: PluginSpec | PluginError, devices: Devices | None, offered: s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -5,15 +5,13 @@ finished is journalled, so that the same command continues after a kill, and a m
 says that the folder is complete. The bytes are a function of source, settings and seed alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -33,7 +31,7 @@ MANIFEST, JOURNAL = "manifest.json", ".journal.jsonl"
 USAGE = "usage: python -m core.prepare workload=NAME source=PATH out=FOLDER [seed=N] [data.workers=N] [workload.KEY=V]"
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Preparation:
     """What the hook is given."""
 
@@ -60,17 +58,18 @@ class Preparation:
 
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
-        and returns a note (JSON data). Returns the notes in the order of the jobs.
-        """
+        and returns a note (JSON data). Returns the notes in the order of the jobs."""
         jobs = list(jobs)
-        missing = [job for job in jobs if job[0] not in self.finished]
-        with (self.out / JOURNAL).open("a") as journal, self._pool() as pool, closing(Progress()) as progress:
-            writing = [pool.submit(_write, self.out, name, function, arguments) for name, arguments in missing]
+        missing = [(self.out, name, function, more) for name, more in jobs if name not in self.finished]
+        # Not fork: a process with threads, as this one has, must not be copied.
+        pool = ProcessPoolExecutor(self.workers, get_context("forkserver")) if self.workers else ThreadPoolExecutor(1)
+        with (self.out / JOURNAL).open("a") as journal, pool, closing(Progress()) as progress:
+            writing = [pool.submit(_write, *job) for job in missing]
             try:
                 for done, future in enumerate(as_completed(writing), len(jobs) - len(missing) + 1):
-                    name, entry = future.result()
-                    self.finished[name] = entry
-                    print(json.dumps({"file": name, **entry}), file=journal, flush=True)
+                    entry = future.result()
+                    print(json.dumps(entry), file=journal, flush=True)
+                    self.finished[entry.pop("file")] = entry
                     progress.update(f"timetrial: {label}: {done} of {len(jobs)}")
             except BrokenProcessPool:
                 problem = "a worker process was killed, perhaps for want of memory: the same command continues"
@@ -81,27 +80,21 @@ class Preparation:
         self.files |= {name: self.finished[name]["sha256"] for name, _ in jobs}
         return [self.finished[name]["note"] for name, _ in jobs]
 
-    def _pool(self) -> Executor:
-        # Not fork: a process with threads, as this one has, must not be copied.
-        return ProcessPoolExecutor(self.workers, get_context("forkserver")) if self.workers else ThreadPoolExecutor(1)
 
-
-def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
+def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Writes one file under a temporary name, then renames it: a file that has its name is complete."""
     path = out / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     note = function(partial, *arguments)
-    entry = {"sha256": sha256(partial), "note": note}
+    entry = {"file": name, "sha256": sha256(partial), "note": note}
     partial.replace(path)
-    return name, entry
+    return entry
 
 
 def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """The manifest of a prepared folder, once its files' sums are checked: every `world_size`-th one, from `rank` on.
-
-    Raises DataError, naming the file and how to prepare it.
-    """
+    DataError, naming the file and how to prepare it, where one is missing or differs."""
     remedy = f"prepare it with `python -m core.prepare workload={workload} source=... out={root}`"
     try:
         manifest = json.loads((root / MANIFEST).read_text())
@@ -128,16 +121,14 @@ def prepare(hook: Any, request: Mapping[str, Any], source: Path, out: Path, conf
     out.mkdir(parents=True, exist_ok=True)
     journal = out / JOURNAL
     # A kill can cut the last line short; what it would have named is made again.
-    lines = [line for line in journal.read_text().split("\n")[:-1] if line] if journal.exists() else []
-    entries: list[dict[str, Any]] = [json.loads(line) for line in lines] or [{"request": request}]
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+    entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line] or [{"request": request}]
     if entries[0].get("request") != request:
         raise UsageError(f"{out} was begun from another source or with other settings: choose another, or remove it")
     journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     workers = (os.cpu_count() or 1) if config.data.workers is None else config.data.workers
-    preparation = Preparation(
-        source=source, out=out, seed=config.seed, workers=workers, max_bad=config.data.max_bad,
-        finished={entry.pop("file"): entry for entry in entries[1:]},
-    )  # fmt: skip
+    finished = {entry.pop("file"): entry for entry in entries[1:]}
+    preparation = Preparation(source, out, config.seed, workers, config.data.max_bad, finished)
     counts = hook(preparation=preparation)
     manifest = {"request": request, "counts": counts, "bad": preparation.bad, "files": preparation.files}
     write_json(out / MANIFEST, manifest)
@@ -155,10 +146,6 @@ def _describe(source: Path) -> dict[str, Any]:
 
 def main() -> int:
     """The command. Returns the exit status."""
-    return exit_status(_main, stopped="stopped; the same command continues")
-
-
-def _main() -> int:
     given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
     source, out = given.get("source"), given.get("out")
     if not source or not out or "workload" not in given or "--help" in given:
@@ -180,4 +167,4 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, stopped="stopped; the same command continues"))

@@ -1,35 +1,38 @@
 """What a run leaves behind: result_0.txt (mllog), metrics.jsonl, evidence.json, system.json and result.json.
 
-Rank 0 writes; on the other ranks a `Record` does nothing. result.json is a versioned schema and exists from the first
-second on with the status `running`, so that a run that is killed leaves a result that is not a success.
+result.json is a versioned schema and exists from the first second on with the status `running`, so that a run that is
+killed leaves a result that is not a success.
 """
-
-from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
+import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
+from core.config import SubmissionConfig
 from core.errors import TimetrialError
 from core.types import Position, RunContext
 
 RESULT_SCHEMA = 1
+_SOFTWARE = ("timetrial", "torch", "torchvision", "torchaudio", "transformers", "hydra-core", "mlperf-logging", "numpy")
 
 
 class Record:
     """The logs of one run. `offsets`, from a checkpoint, cut the logs back to where they stood when it was saved.
-
-    `mllog` is the official logger; on ranks other than 0 (not `enabled`) it writes nowhere.
-    """
+    `mllog` is the official logger; on ranks other than 0 (not `enabled`) it writes nowhere."""
 
     def __init__(self, run_dir: Path, enabled: bool, offsets: Mapping[str, int] | None) -> None:
         self.continued = bool(offsets)
@@ -116,3 +119,38 @@ def write_failure(run_dir: Path, error: Mapping[str, Any]) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_system(submission: SubmissionConfig, world_size: int) -> dict[str, Any]:
+    """system.json: this machine, in the fields that MLPerf's system description asks for, plus the versions that matter
+    here. Strings where the checker expects strings; sizes in GB (10^9 bytes)."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models, sockets = re.findall(r"model name\s*: (.*)", info), set(re.findall(r"physical id\s*: (\d+)", info))
+    software = {name: d.version for name in _SOFTWARE for d in importlib.metadata.distributions(name=name)}
+    frequency, count = psutil.cpu_freq(), torch.accelerator.device_count()
+    accelerator = torch.get_device_module().get_device_properties(0) if count else None
+    return {
+        **submission.system,
+        "submitter": submission.org,
+        "division": submission.division,
+        "status": submission.status,
+        "system_name": submission.platform,
+        "number_of_nodes": str(max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))),
+        "host_processors_per_node": str(len(sockets) or 1),
+        "host_processor_model_name": models[0] if models else platform.processor(),
+        "host_processor_core_count": str(psutil.cpu_count(logical=False) or 0),
+        "host_processor_vcpu_count": str(psutil.cpu_count() or 0),
+        "host_processor_frequency": f"{frequency.max or frequency.current:.0f} MHz" if frequency else "",
+        "host_memory_capacity": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
+        "host_storage_capacity": f"{shutil.disk_usage('.').total / 1e9:.0f} GB",
+        "accelerators_per_node": str(count),
+        "accelerator_model_name": accelerator.name if accelerator else "",
+        "accelerator_memory_capacity": f"{accelerator.total_memory / 1e9:.0f} GB" if accelerator else "",
+        "framework": f"PyTorch {torch.__version__}",
+        "other_software_stack": software,
+        "operating_system": platform.platform(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }

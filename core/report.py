@@ -1,7 +1,5 @@
 """What a person sees: a line while something goes on, one line when a run has ended, a table after a sweep."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -3,8 +3,6 @@
 The plan is plain data: it is saved as resolved.yaml and is all that a worker process is given.
 """
 
-from __future__ import annotations
-
 import contextlib
 import graphlib
 import hashlib
@@ -28,10 +26,15 @@ from core.errors import PluginError, UsageError
 from core.hookspecs import PROJECT, Hooks
 from core.types import BackendSpec, Devices, OptSpec
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it computes.
 RUN_KEYS = ("run_dir", "resume", "resume_changed", "score_restarts", "stop", "checkpoint", "log_seconds", "submission")
+_REMEDIES = {
+    "multi_rank": "start more ranks, such as launch.nproc=2",
+    "multi_node": "start it on several nodes, as with torchrun --nnodes=2",
+    "cxx": "install a C++ compiler, such as g++",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class RunPlan:
     seed: int
     world_size: int
     environment: dict[str, str]
+    run_dir: str = ""
+    """Where this start of the run writes; empty on the other ranks of an outer launcher, which rank 0 tells."""
+    resume_from: str | None = None
+    """Run folder whose newest checkpoint is the start; None begins anew."""
+    restarts: int = 0
+    changed: bool = False
+    """Whether configuration, code or world size differ from the run that it continues."""
 
     def root(self) -> RunConfig:
         return validate(RunConfig, OmegaConf.create(self.config), "")
@@ -66,31 +76,18 @@ class RunPlan:
         OmegaConf.save(OmegaConf.create({"schema": PLAN_SCHEMA, "plan_hash": self.hash(), **asdict(self)}), path)
 
     @staticmethod
-    def load(path: Path) -> RunPlan:
+    def load(path: Path) -> "RunPlan":
         data = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-        if data["schema"] != PLAN_SCHEMA:
+        if data.pop("schema") != PLAN_SCHEMA:
             raise UsageError(f"{path} was written by another version of timetrial; start the run again")
-        plugins = [Installed(**p) for p in data["plugins"]]
-        return RunPlan(data["config"], plugins, data["seed"], data["world_size"], data["environment"])
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """This start of a run: where it writes, and what it continues."""
-
-    run_dir: str
-    resume_from: str | None = None
-    """Run folder whose newest checkpoint is the start; None begins anew."""
-    restarts: int = 0
-    changed: bool = False
-    """Whether configuration, code or world size differ from the run that it continues."""
+        del data["plan_hash"]
+        data["plugins"] = [Installed(**plugin) for plugin in data["plugins"]]
+        return RunPlan(**data)
 
 
 def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) -> RunPlan:
-    """Checks everything that can be checked before a process starts. Raises UsageError or PluginError.
-
-    `choices` are Hydra's: the option chosen in each group. The order of opts on the command line does not matter.
-    """
+    """Checks everything that can be checked before a process starts, and raises UsageError or PluginError. `choices`
+    are Hydra's: the option chosen in each group. The order of opts on the command line does not matter."""
     root = validate(RunConfig, config, "")
     raw = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     world_size = int(os.environ.get("WORLD_SIZE", root.launch.nproc))
@@ -107,11 +104,17 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
     specs = {name: cast(OptSpec, opt.load().spec) for name, opt in opts.items()}
     offered = capabilities(devices, multi_rank=world_size > 1, multi_node=world_size > local_ranks)
     for plugin in (workload, *opts.values()):
-        _check_requirements(plugin, offered, backend.name)
+        missing = sorted(plugin.load().spec.requires - offered)
+        if missing:
+            elsewhere = f"backend={backend.name} does not provide it here; see `python -m core.plugins`"
+            what = f"{plugin.kind} '{plugin.name}' requires {', '.join(missing)}"
+            raise UsageError(f"{what}: {_REMEDIES.get(missing[0], elsewhere)}")
     chosen = (backend, workload, *(opts[name] for name in _nesting(specs)))
     plugins = [replace(plugin, hash=plugin.source_hash()) for plugin in chosen]
-    plan = RunPlan(raw, plugins, _seed(root.seed), world_size, {})
-    return replace(plan, environment=environment(plugin_manager(plugins, raw), plan.root()))
+    seed = time.time_ns() if root.seed == "clock" else root.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed={seed}: an integer from 0 to 2^63-1 or `clock` is expected")
+    return RunPlan(raw, plugins, seed, world_size, environment(plugin_manager(plugins, raw), root))
 
 
 def capabilities(*found: Devices, multi_rank: bool, multi_node: bool) -> set[str]:
@@ -119,19 +122,6 @@ def capabilities(*found: Devices, multi_rank: bool, multi_node: bool) -> set[str
     compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
     rest = {"multi_rank": multi_rank, "multi_node": multi_node, "cxx": compiler}
     return {name for name, holds in rest.items() if holds}.union(*(d.provides for d in found if not d.problem))
-
-
-def _check_requirements(plugin: Installed, offered: set[str], backend: str) -> None:
-    remedies = {
-        "multi_rank": "start more ranks, such as launch.nproc=2",
-        "multi_node": "start it on several nodes, as with torchrun --nnodes=2",
-        "cxx": "install a C++ compiler, such as g++",
-    }
-    missing = sorted(plugin.load().spec.requires - offered)
-    if missing:
-        elsewhere = f"backend={backend} does not provide it here; see `python -m core.plugins`"
-        what = f"{plugin.kind} '{plugin.name}' requires {', '.join(missing)}"
-        raise UsageError(f"{what}: {remedies.get(missing[0], elsewhere)}")
 
 
 def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
@@ -178,15 +168,6 @@ def _probe(backend: Installed, world_size: int, local_ranks: int) -> Devices:
         remedy = f"use launch.nproc={devices.count}"
         raise UsageError(f"backend={name} finds {devices.count} devices for {local_ranks} ranks: {remedy}")
     return devices
-
-
-def _seed(value: Any) -> int:
-    """The seed of the configuration, or for `clock` one that is drawn from the system's clock."""
-    if value == "clock":
-        return time.time_ns()
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise UsageError(f"seed={value}: an integer from 0 to 2^63-1 or `clock` is expected")
-    return value
 
 
 def plugin_manager(plugins: Iterable[Installed], config: Any, innermost: Iterable[object] = ()) -> PluginManager:

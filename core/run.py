@@ -5,8 +5,6 @@
 Hydra composes the configuration, sweeps (`-m`) and completes on TAB; what is here turns its errors into one line.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os
@@ -20,30 +18,8 @@ from core import __version__
 from core.discovery import KINDS, Registry, discover
 from core.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
 
-HELP = """\
-timetrial {version}: training workloads raced against the clock, composed from plugins.
-
-usage: python -m core.run [flags] [group=option] [key=value] ...     (or: timetrial ...)
-
-groups and installed options (`python -m core.plugins` says more):
-{options}
-
-often used keys (`--cfg job` prints all, with their values):
-  seed=N|clock  run_dir=PATH  launch.nproc=N  stop.steps=N  stop.seconds=N  stop.epochs=N  data.root=PATH
-
-examples:
-  python -m core.run                                                    ResNet on its embedded data, to its target
-  python -m core.run workload=resnet launch.nproc=2 '+opt=[amp,channels_last]'
-  python -m core.run -m workload=resnet 'opt=[],amp' 'seed=range(3)'    a sweep of 6 runs and a table
-
-flags:
-  --help                 this page; --hydra-help for Hydra's own flags
-  --cfg job              print the composed configuration and stop
-  -m, --multirun         run every combination of comma-separated values, one after the other
-  --no-plugin NAME       never import this plugin; --only-plugins A,B allows no other
-  --debug                show the traceback of an error
-  --version              print the version
-"""
+CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
+"""Core's configuration: inside the package in a wheel, beside it in a checkout."""
 
 
 def main() -> int:
@@ -58,80 +34,81 @@ def _main() -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true")
     for flag in ("--no-plugin", "--only-plugins"):
-        parser.add_argument(flag, action="append", default=[])
+        parser.add_argument(flag, action="extend", type=lambda names: names.split(","), default=[])
     try:
         flags, arguments = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
-    blocked, allowed = (
-        [name for names in flag for name in names.split(",")] for flag in (flags.no_plugin, flags.only_plugins)
-    )
-    registry = discover(blocked, allowed or None)
+    registry = discover(flags.no_plugin, flags.only_plugins or None)
     if flags.help:
         groups = (*KINDS, "data", "launch", "experiment")
-        lines = [f"  {group + '=':<12} {', '.join(_options_of(group, registry))}" for group in groups]
-        print(HELP.format(version=__version__, options="\n".join(lines)), end="")
+        options = "\n".join(f"  {group + '=':<12} {', '.join(_options_of(group, registry))}" for group in groups)
+        print((CONF / "help.txt").read_text().format(version=__version__, options=options), end="")
         return 0
     return _compose_and_run(arguments, registry, flags.debug)
 
 
-def _conf_dir() -> Path:
-    """Core's configuration: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
-
-
 def _options_of(group: str, registry: Registry) -> list[str]:
     """The options of a configuration group: core's own, and those of the installed plugins."""
-    own = {path.stem for path in (_conf_dir() / group).glob("*.yaml")}
-    return sorted(own | set(registry.names(group)))
+    return sorted({path.stem for path in (CONF / group).glob("*.yaml")} | set(registry.names(group)))
 
 
 def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
     if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
         raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
+    if not any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
+        return _run(*compose(arguments, registry), arguments, registry)[1]  # Hydra's own main composes twice: 0.1 s
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    from core.launch import launch
-    from core.record import new_run_name, write_failure
-    from core.report import print_sweep, summary
-    from core.resolve import resolve
+    from core.record import write_failure
+    from core.report import print_sweep
 
-    code = 0
-    jobs: list[tuple[list[str], Path, int]] = []  # of a sweep
+    jobs: list[tuple[list[str], Path, int]] = []
+    multirun = False
 
     def job(config: Any) -> None:
-        nonlocal code
+        nonlocal multirun
         hydra_config = HydraConfig.get()
-        multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-        overrides = list(hydra_config.overrides.task)
+        overrides, multirun = list(hydra_config.overrides.task), hydra_config.mode == RunMode.MULTIRUN
         if multirun:
             config.run_dir = config.run_dir or hydra_config.runtime.output_dir
         run_dir = Path(config.run_dir or "")
         try:
-            _refuse_duplicates(overrides)
-            run_dir, code = launch(resolve(config, hydra_config.runtime.choices, registry), isolate=multirun)
-            if run_dir != Path():  # an outer launcher's other ranks have none
-                print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
+            run_dir, code = _run(config, hydra_config.runtime.choices, overrides, registry, isolate=multirun)
         except TimetrialError as error:
             code = error.show(debug)
             if multirun:
                 write_failure(run_dir, error.as_dict())
-        if multirun:
-            jobs.append((overrides, run_dir, code))
-            if code == EXIT_CODES["stopped"]:
-                raise KeyboardInterrupt
+        jobs.append((overrides, run_dir, code))
+        if multirun and code == EXIT_CODES["stopped"]:
+            raise KeyboardInterrupt
 
     sys.argv = [sys.argv[0], *arguments]
-    sweep_dir = str(Path("runs", new_run_name("sweep")).absolute())  # one for all the jobs of a sweep
     try:
-        with _composing(registry, sweep_dir):
-            hydra.main(version_base=None, config_path=str(_conf_dir()), config_name="config")(job)()
+        with _composing(registry):
+            hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
     finally:
-        if jobs:
+        if multirun and jobs:
             print_sweep(jobs)
-    return EXIT_CODES["failed"] if any(failed for _, _, failed in jobs) else code
+    failures = [code for _, _, code in jobs if code]
+    return failures[0] if failures and not multirun else EXIT_CODES["failed" if failures else "success"]
+
+
+def _run(
+    config: Any, choices: Any, overrides: list[str], registry: Registry, isolate: bool = False
+) -> tuple[Path, int]:
+    """One run, to the line that says how it ended. Returns its folder and its exit status."""
+    from core.launch import launch
+    from core.report import summary
+    from core.resolve import resolve
+
+    _refuse_duplicates(overrides)
+    run_dir, code = launch(resolve(config, choices, registry), isolate=isolate)
+    if run_dir != Path():  # an outer launcher's other ranks have none
+        print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
+    return run_dir, code
 
 
 def _refuse_duplicates(overrides: list[str]) -> None:
@@ -145,7 +122,7 @@ def _refuse_duplicates(overrides: list[str]) -> None:
 
 
 @contextmanager
-def _composing(registry: Registry, sweep_dir: str = "") -> Generator[None]:
+def _composing(registry: Registry) -> Generator[None]:
     """Hydra with the plugins' configuration folders on its search path, and with errors of one line."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
@@ -154,6 +131,8 @@ def _composing(registry: Registry, sweep_dir: str = "") -> Generator[None]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from core.record import new_run_name
+
     class TimetrialSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
             for path in dict.fromkeys(plugin.conf_dir for plugin in registry.plugins if plugin.conf_dir.is_dir()):
@@ -161,6 +140,7 @@ def _composing(registry: Registry, sweep_dir: str = "") -> Generator[None]:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the message is ours to shape
     Plugins.instance().register(TimetrialSearchPath)
+    sweep_dir = str(Path("runs", new_run_name("sweep")).absolute())  # one for all the jobs of a sweep
     OmegaConf.register_new_resolver("timetrial.sweep_dir", lambda: sweep_dir, replace=True)
     try:
         yield
@@ -189,14 +169,16 @@ def _explain(error: Exception, registry: Registry) -> str:
 
 
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
-    """The configuration of these overrides and the option chosen in each group, for a command that starts no run."""
+    """The configuration of these overrides, and the option chosen in each group."""
     import hydra
     from omegaconf import open_dict
 
-    with _composing(registry), hydra.initialize_config_dir(str(_conf_dir()), version_base=None):
+    with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
+        choices = config.hydra.runtime.choices
     with open_dict(config):
-        return config, config.pop("hydra").runtime.choices
+        del config["hydra"]
+    return config, choices
 
 
 if __name__ == "__main__":

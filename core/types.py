@@ -297,6 +297,7 @@ class RunContext:
     run_dir: Path
     seed: int
     nproc_per_node: int = 1
+    position: Position = field(default_factory=Position)
     # Filled in, in this order, while the run is built:
     backend: Backend = field(init=False)
     workload: Workload = field(init=False)

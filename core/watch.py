@@ -1,10 +1,8 @@
 """What happens beside the steps, about once a second: is the loss finite, has a signal come, is a checkpoint due?
 
-All ranks look after the same step and exchange one short list of numbers, so that they decide alike. Between two looks
-the loop runs bare: a look costs about a millisecond, a step nothing.
+All ranks look after the same step and exchange one short list of numbers, so that they decide alike. A look costs about
+a millisecond, a step none of it.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -14,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from mlperf_logging.mllog import constants
@@ -25,6 +24,8 @@ from core.types import Position, Quality, RunContext
 
 _MAX_INTERVAL = 10_000
 """Most steps between two looks, whatever their speed: so many losses are kept on the device in between."""
+_SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "train_seconds", "started_at")
+"""What a checkpoint holds of a watch, besides its position and its clock."""
 
 
 class Signals:
@@ -32,7 +33,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.requested = False
-        self.on_request: Callable[[], None] | None = None
+        self.watch: Watch | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -42,9 +43,10 @@ class Signals:
                 child.kill()
             os._exit(EXIT_CODES["failed"])
         self.requested = True
-        if self.on_request is None:
+        if self.watch is None:
             raise StoppedError("stopped before training began; the same command starts it again")
-        self.on_request()
+        if self.watch.ctx.world_size == 1:  # it looks after this very step; several ranks do so when they are due
+            self.watch.due = 0
 
 
 class Watch:
@@ -52,7 +54,7 @@ class Watch:
 
     def __init__(self, ctx: RunContext, record: Record, hooks: Any, signals: Signals, save: Callable[[], None]) -> None:
         self.ctx, self.record, self.hooks, self.signals, self.save = ctx, record, hooks, signals, save
-        self.position, self.progress = Position(), Progress(ctx.rank == 0)
+        self.position, self.progress = ctx.position, Progress(ctx.rank == 0)
         self.due = 1
         # The losses since the last look, which came after step `looked`. In one buffer, since keeping each step's own
         # scalar leaves holes in the heap: the next step's large tensors then lie in cold memory (50 us of 1 ms).
@@ -67,27 +69,18 @@ class Watch:
         self.train_seconds = 0.0  # spent in blocks, without evaluation
         self.started_at = 0.0  # Unix time of the very first start
         self._carried = 0.0  # seconds on the clock of the run that is continued
-        signals.on_request = self._hurry
-
-    def _hurry(self) -> None:
-        """A signal came. Several ranks look together, when they are due; one looks after the step that it is in."""
-        if self.ctx.world_size == 1:
-            self.due = 0
+        signals.watch = self
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "position": vars(self.position), "quality": self.quality, "evaluated_step": self.evaluated_step,
-            "next_eval": self.next_eval, "block_epoch": self.block_epoch, "logs": self.record.offsets(),
-            "clock_s": self.seconds(), "started_at": self.started_at, "train_s": self.train_seconds,
-        }  # fmt: skip
+        logs = {"logs": self.record.offsets(), "clock_s": self.seconds(), "position": vars(self.position)}
+        return {name: getattr(self, name) for name in _SAVED} | logs
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update((name, state[name]) for name in _SAVED)
         vars(self.position).update(state["position"])
-        self.quality, self.evaluated_step = state["quality"], state["evaluated_step"]
-        self.next_eval = min(state["next_eval"], self.ctx.workload.eval_cadence.next_after(self._done))
-        self.train_seconds = state["train_s"]
-        self._carried, self.started_at = state["clock_s"], state["started_at"]
-        self.block_epoch = state["block_epoch"] if self.record.continued else 0
+        self._carried = state["clock_s"]
+        self.next_eval = min(self.next_eval, self.ctx.workload.eval_cadence.next_after(self._done))
+        self.block_epoch *= self.record.continued  # in a log of its own the run begins with a block
 
     def begin(self) -> None:
         """Starts the clock, from where training (re)starts."""
@@ -184,10 +177,8 @@ class Watch:
     def _schedule(self, interval: int) -> None:
         """The next look: in about a second, or sooner where the run is to stop or to save."""
         step, stop, every = self.position.step, self.ctx.config.stop.steps, self.ctx.config.checkpoint.every_steps
-        dues = [step + interval]
-        dues += [stop] if stop is not None and stop > step else []
-        dues += [(step // every + 1) * every] if every else []
-        self.due = min(dues)
+        dues = (stop if stop and stop > step else math.inf, (step // every + 1) * every if every else math.inf)
+        self.due = min(step + interval, *dues)
 
     def _exchange(self) -> tuple[bool, bool, bool]:
         """Checks and logs the losses since the last look. Returns (stop, save, out of time), agreed by all ranks."""
@@ -205,18 +196,17 @@ class Watch:
         # Rank 0's clock decides; a signal counts whichever rank received it.
         _, save, late, interval = table[0][: len(flags)]
         self._schedule(int(interval))
+        losses = np.array(table)[:, len(flags) :].T  # by step and rank
+        for index, rank in np.argwhere(~np.isfinite(losses)).tolist():
+            step = self.looked + index + 1
+            what = f"the loss of step {step} is {losses[index, rank]} on rank {rank}"
+            remedy = "lower the learning rate, or look at the input of that step"
+            raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
         # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
-        by_step = list(zip(*(row[len(flags) :] for row in table), strict=True))
-        for step, row in enumerate(by_step, position.step - len(by_step) + 1):
-            for rank, loss in enumerate(row):
-                if not math.isfinite(loss):
-                    what = f"the loss of step {step} is {loss} on rank {rank}"
-                    remedy = "lower the learning rate, or look at the input of that step"
-                    raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
-        means = [math.fsum(row) / len(row) for row in by_step]
+        means = losses.mean(axis=1).tolist()
         speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload
         values = {
-            "loss": math.fsum(means) / len(means),
+            "loss": float(losses.mean()),
             "learning_rate": float(self.ctx.optimizer.param_groups[0]["lr"]),
             "samples_per_s": speed,
         }

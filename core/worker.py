@@ -1,21 +1,18 @@
 """One rank of a run: builds everything from the plan in a fixed order, runs the loop, and writes down what happened.
 
-environment (already set) -> backend -> workload -> model -> distribute -> optimizer -> step -> warm-up
+environment (set before) -> backend -> workload -> model -> distribute -> optimizer -> step -> warm-up
 | clock starts | loop | clock stops | verify -> record
 """
-
-from __future__ import annotations
 
 import functools
 import gc
 import itertools
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +24,10 @@ from core import checkpoint
 from core.errors import EXIT_CODES, OutOfMemoryError, PluginError, TimetrialError, UsageError
 from core.hookspecs import hookimpl
 from core.loop import train
-from core.record import Record, update_result, write_json
-from core.resolve import Attempt, RunPlan, plugin_manager
-from core.system import describe_system
+from core.record import Record, describe_system, update_result, write_json
+from core.resolve import RunPlan, plugin_manager
 from core.testing import faults
-from core.types import (
-    Batch,
-    Evidence,
-    Forward,
-    OptSpec,
-    Outputs,
-    Plugin,
-    Position,
-    Quality,
-    RunContext,
-    Step,
-    StepParts,
-)
+from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, Quality, RunContext, Step, StepParts
 from core.watch import Signals, Watch
 
 
@@ -59,11 +43,11 @@ class Baseline:
     wrap_evaluate = hookimpl(lambda self, evaluate: evaluate)
 
 
-def run_rank(plan: RunPlan, attempt: Attempt) -> int:
+def run_rank(plan: RunPlan) -> int:
     """Runs this rank to its end and returns its exit status. A failure is left in `errors/rank<k>.json`."""
     signals, rank = Signals(), None
     try:
-        rank = _Rank(plan, attempt, signals)
+        rank = _Rank(plan, signals)
         return EXIT_CODES[rank.run()]
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -71,9 +55,11 @@ def run_rank(plan: RunPlan, attempt: Attempt) -> int:
             problem = f"out of memory (peak {peak / 2**30:.1f} GiB, global batch size {size})"
             error = OutOfMemoryError(f"{problem}: use a smaller global batch size")
         elif not isinstance(error, TimetrialError):
-            error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=rank.position.step if rank else None)
-        path = _error_file(rank.ctx.run_dir if rank else Path(attempt.run_dir))
-        if path.parent.parent.name:
+            step = rank.ctx.position.step if rank else None
+            error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=step)
+        run_dir = rank.ctx.run_dir if rank else Path(plan.run_dir)
+        if run_dir != Path():
+            path = _error_file(run_dir)
             path.parent.mkdir(exist_ok=True)
             path.with_suffix(".traceback.txt").write_text(traceback.format_exc())
             write_json(path, {"rank": int(os.environ.get("RANK", 0)), **error.as_dict(), "time": time.time()})
@@ -89,12 +75,12 @@ def _error_file(run_dir: Path) -> Path:
 class _Rank:
     """The state of one rank, in the order in which it comes to be: join, build, (restore), race, finish."""
 
-    def __init__(self, plan: RunPlan, attempt: Attempt, signals: Signals) -> None:
-        self.plan, self.attempt, self.signals, self.position = plan, attempt, signals, Position()
+    def __init__(self, plan: RunPlan, signals: Signals) -> None:
+        self.plan, self.signals = plan, signals
         manager = plugin_manager(plan.plugins, plan.config, [Baseline()])
         self.hooks: Any = manager.hook
         self.plugins = {name: p for name, p in manager.list_name_plugin() if isinstance(p, Plugin)}
-        self.ctx = RunContext(config=plan.root(), run_dir=Path(attempt.run_dir), seed=plan.seed)
+        self.ctx = RunContext(config=plan.root(), run_dir=Path(plan.run_dir), seed=plan.seed)
         self.ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def run(self) -> str:
@@ -111,24 +97,25 @@ class _Rank:
 
     def _open(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Opens the logs, cut back to the checkpoint that the run continues from, which is returned."""
-        ctx, plan = self.ctx, self.plan
+        ctx, plan_hash = self.ctx, self.plan.hash()
         # Every rank follows rank 0: under an outer launcher each has composed its own plan.
-        agreed, ctx.seed, plan_hash = ctx.backend.broadcast([asdict(self.attempt), plan.seed, plan.hash()])
-        if plan_hash != plan.hash():
+        start = {name: getattr(self.plan, name) for name in ("run_dir", "seed", "resume_from", "restarts", "changed")}
+        start, first_hash = ctx.backend.broadcast([start, plan_hash])
+        if plan_hash != first_hash:
             raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
-        attempt = Attempt(**agreed)
-        ctx.run_dir = Path(attempt.run_dir)
+        plan = replace(self.plan, **start)
+        ctx.run_dir, ctx.seed = Path(plan.run_dir), plan.seed
         self.checkpoints = checkpoint.Checkpointer(ctx.run_dir / "checkpoints", ctx.backend, ctx.config.checkpoint.keep)
-        source = Path(attempt.resume_from or "", "checkpoints")
-        saved = checkpoint.Checkpointer(source, ctx.backend, keep=2).load() if attempt.resume_from else None
-        logs = saved[0]["logs"] if saved and attempt.resume_from == attempt.run_dir else None
+        source = Path(plan.resume_from or "", "checkpoints")
+        saved = checkpoint.Checkpointer(source, ctx.backend, keep=2).load() if plan.resume_from else None
+        logs = saved[0]["logs"] if saved and plan.resume_from == plan.run_dir else None
         self.record = Record(ctx.run_dir, ctx.rank == 0, logs)
-        self.restarts = attempt.restarts if saved else 0  # what stopped before its first checkpoint starts anew
-        self.scored = not ctx.synthetic and not attempt.changed and (not self.restarts or ctx.config.score_restarts)
+        self.restarts = plan.restarts if saved else 0  # what stopped before its first checkpoint starts anew
+        self.scored = not ctx.synthetic and not plan.changed and (not self.restarts or ctx.config.score_restarts)
         if ctx.rank == 0:
             update_result(
                 ctx.run_dir, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size, plan_hash=plan_hash,
-                plugins=[asdict(p) for p in plan.plugins], restarts=self.restarts, changed=attempt.changed,
+                plugins=[asdict(p) for p in plan.plugins], restarts=self.restarts, changed=plan.changed,
                 deterministic=ctx.config.deterministic,
             )  # fmt: skip
         return saved
@@ -156,20 +143,19 @@ class _Rank:
             _warm_up(ctx, hooks, forward_backward, infer)
         self.warm_evidence = hooks.verify(ctx=ctx)
         self.watch = Watch(ctx, self.record, hooks, self.signals, self._save)
-        self.position = self.watch.position
 
         def batches(epoch: int, first_batch: int) -> Iterable[Batch]:
             synthetic = itertools.repeat(ctx.workload.synthetic_batch()) if ctx.synthetic else None
             return ctx.feed(hooks.wrap_batches(ctx=ctx, batches=synthetic or ctx.workload.batches(epoch, first_batch)))
 
         return functools.partial(
-            train, ctx, self.watch, faults.in_step(step, self.position, ctx.rank), batches,
+            train, ctx, self.watch, faults.in_step(step, ctx.position, ctx.rank), batches,
             None if ctx.synthetic else evaluate,
         )  # fmt: skip
 
     def _race(self, race: Callable[[], str]) -> str:
         """Starts the clock, trains, stops the clock and writes the result."""
-        ctx, record, watch, position = self.ctx, self.record, self.watch, self.position
+        ctx, record, watch, position = self.ctx, self.record, self.watch, self.ctx.position
         gc.freeze()  # what has been built lives to the end: no collection in the loop need look through it
         gc.enable()
         ctx.backend.all_gather([0.0])  # every rank is ready: the clock starts for all
@@ -217,7 +203,7 @@ class _Rank:
             "plugins": {name: plugin.state_dict() for name, plugin in self.plugins.items()},
             "buffers": dict(ctx.model.named_buffers()),  # running statistics differ from rank to rank
         }
-        self.checkpoints.save(self.position.step, shared, local)
+        self.checkpoints.save(self.ctx.position.step, shared, local)
 
     def _restore(self, shared: dict[str, Any], local: dict[str, Any]) -> None:
         checkpoint.restore(self.ctx.model, self.ctx.optimizer, shared)
@@ -234,11 +220,6 @@ class _Rank:
 pytree.register_pytree_node(
     Batch, lambda batch: ([batch.data], (batch.samples, batch.weight)), lambda data, rest: Batch(*data, *rest)
 )
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """The pytree with its tensors on the device; those that are there already are handed on."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
 
 def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
@@ -262,8 +243,12 @@ def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]
         return hooks.component(ctx=ctx, name=name, default=default)
 
     ctx.component = component
+
+    def moved(tree: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(ctx.device), tree)
+
     on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
-    ctx.feed = component("feed", iter if on_host else lambda trees: (_moved(t, ctx.device) for t in trees))
+    ctx.feed = component("feed", iter if on_host else lambda trees: map(moved, trees))
     ctx.model = ctx.workload.build_model().to(ctx.device)
     return hooks.prepare_model(ctx=ctx, model=ctx.model), offered
 
@@ -338,13 +323,11 @@ def _without_gradient(ctx: RunContext, function: Callable[[Any], Any], argument:
 
 
 def main() -> int:
-    """A process started by the launcher: `python -m core.worker ATTEMPT-AS-JSON`.
-
-    A run that came to its end exits with 0, whatever its end: at any other status the launcher stops the other ranks.
-    """
-    attempt = Attempt(**json.loads(sys.argv[1]))
-    code = run_rank(RunPlan.load(Path(attempt.run_dir) / "resolved.yaml"), attempt)
-    return code if _error_file(Path(attempt.run_dir)).exists() else 0
+    """A process started by the launcher: `python -m core.worker RUN_DIR`. A run that came to its end exits with 0,
+    whatever its end: at any other status the launcher stops the other ranks."""
+    run_dir = Path(sys.argv[1])
+    code = run_rank(RunPlan.load(run_dir / "resolved.yaml"))
+    return code if _error_file(run_dir).exists() else 0
 
 
 if __name__ == "__main__":

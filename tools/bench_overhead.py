@@ -2,11 +2,18 @@
 
     uv run python tools/bench_overhead.py                        core against bare
     uv run --group bench python tools/bench_overhead.py          and against Accelerate, Lightning, Hugging Face Trainer
+    uv run python tools/bench_overhead.py --contenders core --sizes '1 ms' --rounds 1 --steps 200        a quick look
+
+The figures mean something only on a machine that is otherwise idle.
 
 Every contender trains the same network on the same batches with the same optimizer (the workload `toy`, three sizes),
 in a process of its own with one torch thread. Rounds are interleaved; differences and ratios are taken within a round.
 The core runs by its own command line with its normal logging and progress on, the others with theirs off. A contender
 whose final parameters do not have the bare loop's bits is an error, unless its framework changes them (column `bits`).
+The core leaves Python's collector off until its clock starts, the others do as Python does: torch's import makes many
+objects, and going through them takes longer than all that the core does before its first step.
+The column `CPU` is user and system time of the whole process, its start and its end included, and so less than the
+others at the mercy of what else runs.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -104,9 +112,14 @@ class Stopwatch:
 
 
 def parameters_hash(model: Any) -> str:
-    from core.checkpoint import parameters_hash as core_hash  # after the timing
+    """As core.checkpoint.parameters_hash, written out for the same reason: an import would count as CPU time."""
+    import torch
 
-    return core_hash(model)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run_bare(features: int, hidden: int, steps: int) -> dict[str, Any]:
@@ -219,7 +232,7 @@ def run_hf_trainer(features: int, hidden: int, steps: int) -> dict[str, Any]:
 def measure(contender: str, size: dict[str, int], folder: Path) -> dict[str, Any]:
     """Runs one contender once: added to its report, seconds from process start to the end of the first step."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = time.time()
+    started, spent = time.time(), children_cpu_s()
     if contender == "core":
         report = measure_core(size, folder, env)
     else:
@@ -228,7 +241,12 @@ def measure(contender: str, size: dict[str, int], folder: Path) -> dict[str, Any
         if done.returncode:
             raise SystemExit(f"{contender} failed:\n{done.stderr}")
         report = json.loads(done.stdout.splitlines()[-1])
-    return {**report, "first_step_s": report["first_step_at"] - started}
+    return {**report, "first_step_s": report["first_step_at"] - started, "cpu_s": children_cpu_s() - spent}
+
+
+def children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure_core(size: dict[str, int], folder: Path, env: dict[str, str]) -> dict[str, Any]:
@@ -258,18 +276,18 @@ def measure_core(size: dict[str, int], folder: Path, env: dict[str, str]) -> dic
     }
 
 
-def race(contenders: list[str], sizes: list[str], rounds: int) -> list[dict[str, Any]]:
+def race(contenders: list[str], sizes: dict[str, dict[str, int]], rounds: int) -> list[dict[str, Any]]:
     """One row per size and contender: medians, and minimum and maximum over the rounds."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            for size in sizes:
+            for name, size in sizes.items():
                 turn = number % len(contenders)  # each contender comes first as often as the others
                 for contender in contenders[turn:] + contenders[:turn]:
-                    runs.setdefault((size, contender), []).append(measure(contender, SIZES[size], Path(folder)))
+                    runs.setdefault((name, contender), []).append(measure(contender, size, Path(folder)))
             print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     rows = []
-    for (size, contender), mine in sorted(runs.items(), key=lambda item: list(SIZES).index(item[0][0])):
+    for (size, contender), mine in sorted(runs.items(), key=lambda item: list(sizes).index(item[0][0])):
         pairs = list(zip(mine, runs[size, "bare"], strict=True))
         same = all(a["parameters"] == b["parameters"] for a, b in pairs)
         if contender == "core" and not same:
@@ -280,6 +298,8 @@ def race(contenders: list[str], sizes: list[str], rounds: int) -> list[dict[str,
         row["ratio"] = spread([a["step_us"] / b["step_us"] for a, b in pairs])
         row["added_start_s"] = spread([a["first_step_s"] - b["first_step_s"] for a, b in pairs])
         row["first_step_s"] = spread([a["first_step_s"] for a, _ in pairs])
+        row["cpu_s"] = spread([a["cpu_s"] for a, _ in pairs])
+        row["added_cpu_s"] = spread([a["cpu_s"] - b["cpu_s"] for a, b in pairs])
         rows.append(row)
     return rows
 
@@ -295,14 +315,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{value['median']:{form}} ({value['min']:{form}} to {value['max']:{form}})"
 
     lines = [
-        "| step | contender | n | us a step | added us a step | ratio | start to first step, s | added, s | bits |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | contender | n | us a step | added us a step | ratio | start to first step, s | added, s "
+        "| CPU, s | added, s | bits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
             row["size"], row["contender"], str(row["n"]), cell(row["step_us"], ",.0f"), cell(row["added_us"], "+,.0f"),
             cell(row["ratio"], ".3f"), cell(row["first_step_s"], ".2f"), cell(row["added_start_s"], "+.2f"),
-            "same" if row["bits"] else "other",
+            cell(row["cpu_s"], ".2f"), cell(row["added_cpu_s"], "+.2f"), "same" if row["bits"] else "other",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -310,9 +331,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="default: %(default)s")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="beside bare; default: %(default)s")
+    parser.add_argument("--steps", type=int, help="in place of each size's own number of steps")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=json.loads, help=argparse.SUPPRESS)
@@ -323,10 +345,12 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(globals()[f"run_{arguments.worker}"](**arguments.size)))
         return
+    more = {"steps": arguments.steps} if arguments.steps else {}
+    sizes = {name: {**SIZES[name], **more} for name in arguments.sizes.split(",")}
     contenders = ["bare", *(c for c in arguments.contenders.split(",") if c != "bare")]
     missing = [c for c in contenders if c in PACKAGES and importlib.util.find_spec(PACKAGES[c]) is None]
     contenders = [c for c in contenders if c not in missing]
-    rows = race(contenders, arguments.sizes.split(","), arguments.rounds)
+    rows = race(contenders, sizes, arguments.rounds)
     installed = {c: importlib.metadata.version(PACKAGES[c]) for c in contenders if c in PACKAGES}
     versions = {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), **installed}
     print(table(rows))

@@ -10,17 +10,37 @@ differs from pair to pair. Anything else is a defect, named on stderr, and ends 
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
 
 from core.testing.matrix import Cell, installed_opts, pairs, try_composition
 
+
+def small_images() -> str:
+    """A folder with noise as 128 images to train on and 64 to evaluate, in IDX files: fewer than `resnet` embeds."""
+    folder, rng = tempfile.mkdtemp(prefix="timetrial-matrix-"), np.random.default_rng(1)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for split, count in (("train", 128), ("t10k", 64)):
+        for kind, shape, values in (("images-idx3", (count, 12, 12), 256), ("labels-idx1", (count,), 10)):
+            header = np.array([0x800 + len(shape), *shape], dtype=">u4")
+            data = rng.integers(values, size=shape, dtype=np.uint8)
+            Path(folder, f"{split}-{kind}-ubyte").write_bytes(header.tobytes() + data.tobytes())
+    return folder
+
+
 WORKLOADS = {
-    "toy": ("workload=toy", "stop.steps=6"),
-    "resnet": ("workload=resnet", "workload.width=8", "stop.steps=4"),
+    # An epoch of two or three steps, and so an evaluation that the steps after it can hide.
+    "toy": ("workload=toy", "workload.examples=192", "workload.target=1", "stop.steps=6"),
+    "resnet": ("workload=resnet", "workload.width=8", f"data.root={small_images()}", "stop.steps=4"),
     "bert": (
         "workload=bert", "data=synthetic", "workload.synthetic_fill=0.4", "workload.global_batch_size=8",
         "workload.sequence_length=16", "stop.steps=4",

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from core.testing.forkserver import ForkServer
+from core.testing.forkserver import ForkServer, rank_places
 
 TIMEOUT_S = 800
 
@@ -77,6 +77,13 @@ def run_cli(*overrides: str, run_dir: Path, fault: str = "", cwd: Path | None = 
 def run_raw(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "", **env: str) -> Outcome:
     """`python -m core.run ARGUMENTS`, as typed."""
     return Outcome(*_server.run(list(arguments), cwd, environment(fault, **env)), run_dir)
+
+
+def run_program(program: Path, *arguments: str, nodes: str) -> list[Outcome]:
+    """`python PROGRAM ARGUMENTS` as a rank for each digit of `nodes`, which says its node; all on this host."""
+    places = [{**place, "GROUP_RANK": node} for place, node in zip(rank_places(len(nodes)), nodes, strict=True)]
+    ended = _server.run_program(program, arguments, [environment(**place) for place in places])
+    return [Outcome(code, printed, errors, Path()) for code, printed, errors in ended]
 
 
 def run_fresh(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "", **env: str) -> Outcome:

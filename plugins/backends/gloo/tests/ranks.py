@@ -69,14 +69,18 @@ def dead_peer() -> None:
 
 def hung_peer() -> None:
     group = process_group.join("gloo", CPU, 600.0)
+    _, hung = group.all_gather([float(os.getpid())])
     if group.rank == 1:
-        time.sleep(600)  # the test kills it once rank 0 has left
-    pending = dist.all_reduce(torch.zeros(4), async_op=True)
-    process_group.SHUTDOWN_SECONDS = 1.0
-    start = time.perf_counter()
-    group.shutdown()
-    assert time.perf_counter() - start < 5.0
-    assert not pending.is_completed()
+        time.sleep(600)  # until rank 0 has left
+    try:
+        pending = dist.all_reduce(torch.zeros(4), async_op=True)
+        process_group.SHUTDOWN_SECONDS = 1.0
+        start = time.perf_counter()
+        group.shutdown()
+        assert time.perf_counter() - start < 5.0
+        assert not pending.is_completed()
+    finally:
+        os.kill(int(hung[0]), signal.SIGKILL)
 
 
 if __name__ == "__main__":

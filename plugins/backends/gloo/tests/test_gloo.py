@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,43 +10,28 @@ import torch
 from torch import nn
 
 from core.errors import TimetrialError
+from core.testing.cli import run_program
 from timetrial_gloo import process_group
 from timetrial_gloo.plugin import probe
 
-
-def run_ranks(scenario: str) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), scenario]
-    return [
-        subprocess.Popen(command, env={**os.environ, **place, "RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
+RANKS = Path(__file__).with_name("ranks.py")
 
 
 def test_two_ranks_agree_on_numbers_gradients_and_buffers() -> None:
-    for process in run_ranks("agree"):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for rank in run_program(RANKS, "agree", nodes="00"):
+        rank.expect(0)
 
 
 def test_a_dead_peer_fails_the_collective_and_does_not_hold_the_shutdown() -> None:
-    survivor, dead = run_ranks("dead_peer")
-    _, errors = survivor.communicate(timeout=120)
-    assert survivor.returncode == 0, errors
-    assert dead.wait() == -signal.SIGKILL
+    survivor, dead = run_program(RANKS, "dead_peer", nodes="00")
+    survivor.expect(0)
+    assert dead.code == -signal.SIGKILL
 
 
 def test_a_hung_peer_does_not_hold_the_shutdown() -> None:
-    survivor, hung = run_ranks("hung_peer")
-    try:
-        _, errors = survivor.communicate(timeout=120)
-        assert survivor.returncode == 0, errors
-    finally:
-        hung.kill()
-        hung.wait()
+    survivor, hung = run_program(RANKS, "hung_peer", nodes="00")
+    survivor.expect(0)
+    assert hung.code == -signal.SIGKILL  # by the survivor, once it has left
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ import pytest
 from core.config import validate
 from core.errors import UsageError
 from core.hookspecs import PROJECT, Hooks, hookimpl
-from core.testing.cli import Outcome, environment, run_cli
+from core.testing.cli import Outcome, run_cli, run_program
 from core.types import WorkloadSpec
 from timetrial_cuda_graphs.plugin import CudaGraphs, CudaGraphsConfig
 
@@ -23,11 +21,8 @@ CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "max_shapes": 16, "infe
 
 
 def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
-    command = [sys.executable, str(Path(__file__).with_name("tape.py")), *overrides, f"run_dir={run_dir}"]
-    process = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment(), cwd=run_dir.parent
-    )
-    return Outcome(process.returncode, process.stdout, process.stderr, run_dir)
+    (outcome,) = run_program(Path(__file__).with_name("tape.py"), *overrides, f"run_dir={run_dir}", nodes="0")
+    return replace(outcome, run_dir=run_dir)
 
 
 TOY = (

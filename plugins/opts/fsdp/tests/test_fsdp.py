@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from core.testing.cli import run_cli
+from core.testing.cli import run_cli, run_program
 from core.testing.suites import assert_close, cached_run
 
 TWO_RANKS = ("backend=gloo", "launch.nproc=2")
@@ -18,18 +14,8 @@ TWO_RANKS = ("backend=gloo", "launch.nproc=2")
 
 @pytest.mark.distributed
 def test_two_ranks_shard_train_and_evaluate() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **place, "RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for rank in run_program(Path(__file__).with_name("ranks.py"), nodes="00"):
+        rank.expect(0)
 
 
 @pytest.mark.distributed

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,29 +11,13 @@ from pathlib import Path
 import pytest
 
 from core.errors import EXIT_CODES
-from core.testing.cli import run_cli
+from core.testing.cli import run_cli, run_program
 from core.testing.hosts import problem, start_ranks, two_hosts
 
-RANKS = str(Path(__file__).with_name("ranks.py"))
+RANKS = Path(__file__).with_name("ranks.py")
 NO_HOSTS = problem()
 needs_hosts = pytest.mark.skipif(bool(NO_HOSTS), reason=f"network namespaces: {NO_HOSTS}")
 pytestmark = pytest.mark.distributed
-
-
-def ranks_here(scenario: str, node_of_rank: str) -> list[subprocess.Popen[str]]:
-    """A rank for each digit, which says its node; all on this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(node_of_rank))}
-    return [
-        subprocess.Popen(
-            [sys.executable, RANKS, scenario],
-            env={**os.environ, **place, "RANK": str(rank), "GROUP_RANK": node, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, node in enumerate(node_of_rank)
-    ]  # fmt: skip
 
 
 def outputs(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
@@ -47,28 +29,30 @@ def outputs(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
 
 
 def test_it_gives_the_mean_over_all_ranks_whatever_the_length_and_format() -> None:
-    outputs(ranks_here("values", "0101"))
+    for rank in run_program(RANKS, "values", nodes="0101"):
+        rank.expect(0)
 
 
 def test_a_dead_peer_fails_the_backward_pass_of_the_others() -> None:
-    *survivors, dead = ranks_here("dead_peer", "0011")
-    assert all("gloo" in printed.lower() for printed in outputs(survivors))
-    assert dead.wait() == -signal.SIGKILL
+    *survivors, dead = run_program(RANKS, "dead_peer", nodes="0011")
+    assert all("gloo" in survivor.expect(0).stdout.lower() for survivor in survivors)
+    assert dead.code == -signal.SIGKILL
 
 
 @needs_hosts
+@pytest.mark.convergence  # up to eight fresh interpreters
 @pytest.mark.parametrize(
     ("placement", "flat"),
     [
         ("0011", 1.5),
-        pytest.param("0101", 3.0, marks=pytest.mark.convergence),
-        pytest.param("00001111", 1.75, marks=pytest.mark.convergence),  # eight processes
+        ("0101", 3.0),
+        ("00001111", 1.75),
     ],
 )
 def test_gradients_cross_the_link_once_instead_of_as_a_flat_ring_sends_them(placement: str, flat: float) -> None:
     """Each way, in multiples of the gradients' bytes: a ring of N sends 2 (N-1)/N over each edge, and 0101 has two."""
     with two_hosts() as hosts:
-        printed = outputs(start_ranks(hosts, placement, sys.executable, RANKS, "link"))
+        printed = outputs(start_ranks(hosts, placement, sys.executable, str(RANKS), "link"))
     for sent in map(json.loads, printed):
         assert sent["flat"] == pytest.approx(flat, rel=0.02)
         assert sent["two_level"] == pytest.approx(1.0, rel=0.02)

@@ -1,11 +1,11 @@
 """SyncBatchNorm2d on two gloo ranks with unequal shares against one-process batch normalisation.
 
-Run as a program, this file is one of the ranks: `test_resnet_norm.py RANK FOLDER`.
+Run as a program, this file is one of the ranks: `test_resnet_norm.py FOLDER`, with RANK in the environment.
 """
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.testing.cli import run_program
 from timetrial_resnet.norm import SyncBatchNorm2d
 
 CHANNELS, SHARES = 3, (5, 2)
@@ -48,9 +49,10 @@ def _train(layer: nn.BatchNorm2d, part: slice) -> dict[str, Tensor]:
 
 
 def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    ranks = run_program(Path(__file__), str(tmp_path), nodes="00")
     expected = _train(_layer(nn.BatchNorm2d), slice(None))
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    for rank in ranks:
+        rank.expect(0)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name in ("y", "dx"):
         torch.testing.assert_close(torch.cat([f[name] for f in found]), expected[name], atol=1e-3, rtol=1e-3)
@@ -78,4 +80,4 @@ def _rank(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _rank(int(sys.argv[1]), Path(sys.argv[2]))
+    _rank(int(os.environ["RANK"]), Path(sys.argv[1]))
