@@ -30,9 +30,10 @@ def train(source: Any, prepare: Prepare, tmp_path: Path) -> Coco:
 
 
 def test_sides_are_the_references() -> None:
-    assert resized(640, 480, 800, 1333) == (1067, 800)
-    assert resized(480, 640, 800, 1333) == (800, 1067)
-    assert resized(1000, 200, 800, 1333) == (1333, 267)
+    assert resized(640, 480, 800, 1333) == (1066, 800)  # not 1,067: the reference cuts off
+    assert resized(480, 640, 800, 1333) == (800, 1066)
+    assert resized(1000, 200, 800, 1333) == (1335, 267)  # nor 1,333: the shorter side is rounded first
+    assert resized(800, 800, 800, 1333) == (800, 800)
 
 
 def test_boxes_and_masks_follow_the_resized_image(train: Coco) -> None:

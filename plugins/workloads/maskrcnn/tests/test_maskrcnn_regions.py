@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torchvision import ops
-from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from timetrial_maskrcnn import regions
+from timetrial_maskrcnn.boxes import decode, encode
 
 
 def boxes(count: int, seed: int, side: float = 100.0) -> torch.Tensor:
@@ -21,6 +22,19 @@ def test_overlaps_are_torchvisions_and_minus_one_where_nothing_is() -> None:
     iou = regions.overlaps(some[None], objects[None], labels[None])[0]
     torch.testing.assert_close(iou[labels > 0], ops.box_iou(objects, some)[labels > 0])
     assert (iou[2] == -1).all()
+
+
+def test_offsets_are_those_of_torchvisions_coder_and_none_is_infinite() -> None:
+    weights = (10.0, 10.0, 5.0, 5.0)
+    coder, some, objects = BoxCoder(weights), boxes(60, 14), boxes(60, 15)
+    offsets = encode(objects, some, weights)
+    torch.testing.assert_close(offsets, coder.encode_single(objects, some))
+    torch.testing.assert_close(decode(offsets, some, weights), objects, rtol=1e-5, atol=1e-4)
+    several = torch.randn(60, 3, 4, generator=torch.Generator().manual_seed(16)) * 20  # some beyond the largest growth
+    expected = coder.decode_single(several.flatten(1), some).view(60, 3, 4)
+    torch.testing.assert_close(decode(several, some[:, None], weights), expected)
+    flat = torch.tensor([[5.0, 5, 5, 9]])
+    assert torch.isfinite(torch.stack([encode(flat, some[:1], weights), encode(some[:1], flat, weights)])).all()
 
 
 def test_anchors_match_as_torchvisions_matcher_says() -> None:

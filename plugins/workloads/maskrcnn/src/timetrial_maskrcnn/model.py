@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -30,6 +29,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from timetrial_maskrcnn.boxes import decode, encode
 from timetrial_maskrcnn.regions import Parts, clip
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class MaskRCNN(nn.Module):
         for layer, deviation in ((self.box_predictor.cls_score, 0.01), (self.box_predictor.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=deviation)  # as in the reference
             nn.init.zeros_(layer.bias)
-        self.rpn_coder, self.box_coder = BoxCoder(RPN_DELTA_WEIGHTS), BoxCoder(BOX_DELTA_WEIGHTS)
 
     def forward(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images_BCHW = data["images"]
@@ -99,10 +98,9 @@ class MaskRCNN(nn.Module):
         self, data: Mapping[str, Tensor], objectness_BA: Tensor, deltas_BA4: Tensor, anchors_A4: Tensor,
         level_sizes: list[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        boxes_BA4 = self.rpn_coder.decode_single(deltas_BA4.flatten(0, 1), anchors_A4.repeat(len(deltas_BA4), 1))
         config, train = self.config, self.training
         return self.parts.proposals(
-            objectness_BA.sigmoid(), boxes_BA4.view_as(deltas_BA4), level_sizes, data["sizes"],
+            objectness_BA.sigmoid(), decode(deltas_BA4, anchors_A4, RPN_DELTA_WEIGHTS), level_sizes, data["sizes"],
             config.proposals_before_nms, config.proposals_train if train else config.proposals_eval, config.rpn_nms_iou,
         )  # fmt: skip
 
@@ -114,7 +112,7 @@ class MaskRCNN(nn.Module):
             anchors_A4, data["boxes"], data["labels"], data["seeds"], config.rpn_budget, 0.5, 0.7, 0.3
         )
         matched_BA4 = data["boxes"].gather(1, object_BA[..., None].expand(-1, -1, 4))
-        wanted_BA4 = _encode(self.rpn_coder, matched_BA4, anchors_A4.expand_as(matched_BA4))
+        wanted_BA4 = encode(matched_BA4, anchors_A4, RPN_DELTA_WEIGHTS)
         norm = config.rpn_budget * len(objectness_BA)
         sampled_BA = foreground_BA | background_BA
         objectness = F.binary_cross_entropy_with_logits(objectness_BA, foreground_BA.float(), reduction="none")
@@ -139,7 +137,7 @@ class MaskRCNN(nn.Module):
                 config.region_foreground, 0.5,
             )  # fmt: skip
             matched_BR4 = data["boxes"].gather(1, object_BR[..., None].expand(-1, -1, 4))
-            wanted_BR4 = _encode(self.box_coder, matched_BR4, regions_BR4)
+            wanted_BR4 = encode(matched_BR4, regions_BR4, BOX_DELTA_WEIGHTS)
         logits, deltas = self.box_predictor(self.box_head(self._pool(self.box_pool, features, data, regions_BR4)))
         labels_N, norm = labels_BR.flatten(), labels_BR.numel()
         deltas_N4 = deltas.float().view(norm, -1, 4)[torch.arange(norm, device=labels_N.device), labels_N.clamp_min(0)]
@@ -179,8 +177,9 @@ class MaskRCNN(nn.Module):
         """boxes [B, D, 4], scores [B, D] (0 where there is none), labels [B, D], mask probabilities [B, D, 28, 28]."""
         (boxes_BP4, real_BP), config = proposals, self.config
         logits, deltas = self.box_predictor(self.box_head(self._pool(self.box_pool, features, data, boxes_BP4)))
-        decoded_NK4 = self.box_coder.decode_single(deltas.float(), boxes_BP4.flatten(0, 1)).view(len(logits), -1, 4)
-        boxes_BPK4 = clip(decoded_NK4.view(*boxes_BP4.shape[:2], -1, 4), data["sizes"][:, None, None])
+        deltas_BPK4 = deltas.float().view(*boxes_BP4.shape[:2], -1, 4)
+        decoded_BPK4 = decode(deltas_BPK4, boxes_BP4[:, :, None], BOX_DELTA_WEIGHTS)
+        boxes_BPK4 = clip(decoded_BPK4, data["sizes"][:, None, None])
         scores_BPK = logits.float().softmax(-1).view(*boxes_BP4.shape[:2], -1)
         boxes_BD4, scores_BD, labels_BD = self.parts.detections(
             scores_BPK, boxes_BPK4, real_BP, config.detections, config.least_score, config.nms_iou
@@ -191,12 +190,6 @@ class MaskRCNN(nn.Module):
             "boxes": boxes_BD4, "scores": scores_BD, "labels": labels_BD,
             "masks": own.view(*labels_BD.shape, *own.shape[1:]),
         }  # fmt: skip
-
-
-def _encode(coder: BoxCoder, objects_x4: Tensor, regions_x4: Tensor) -> Tensor:
-    """Regression targets; for regions without area, which no loss counts, what would be infinite is 0."""
-    deltas = coder.encode_single(objects_x4.reshape(-1, 4), regions_x4.reshape(-1, 4)).view_as(regions_x4)
-    return torch.nan_to_num(deltas, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _backbone(config: MaskRCNNConfig, channels: int) -> tuple[BackboneWithFPN, list[str]]:
