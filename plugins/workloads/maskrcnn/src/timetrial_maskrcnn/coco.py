@@ -118,7 +118,10 @@ class Coco:
 
 
 def resized(width: int, height: int, least: int, most: int) -> tuple[int, int]:
-    """The size at which the shorter side is `least` pixels, or fewer where the longer one would exceed `most`; rounded as by the reference (maskrcnn_benchmark, `Resize.get_size`)."""
+    """The size at which the shorter side is `least` pixels, or fewer where the longer one would exceed `most`.
+
+    Rounded as by the reference (maskrcnn_benchmark, `Resize.get_size`).
+    """
     short, long = min(width, height), max(width, height)
     side = round(most * short / long) if long / short * least > most else least
     if short == side:

@@ -77,8 +77,8 @@ class MaskRCNN(nn.Module):
                 data, features, self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
             )
         losses = self._rpn_losses(data, objectness_BA, deltas_BA4, anchors_A4)
-        proposals_BP4, real_BP = self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
-        losses |= self._head_losses(data, features, proposals_BP4, real_BP)
+        proposals = self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
+        losses |= self._head_losses(data, features, *proposals)
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
     # ------------------------------------------------------------------------------------------- region proposals
@@ -97,7 +97,7 @@ class MaskRCNN(nn.Module):
     def _proposals(
         self, data: Mapping[str, Tensor], objectness_BA: Tensor, deltas_BA4: Tensor, anchors_A4: Tensor,
         level_sizes: list[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         config, train = self.config, self.training
         return self.parts.proposals(
             objectness_BA.sigmoid(), decode(deltas_BA4, anchors_A4, RPN_DELTA_WEIGHTS), level_sizes, data["sizes"],
@@ -128,13 +128,14 @@ class MaskRCNN(nn.Module):
         return self.parts.region_features(pool, features, boxes_BR4, tuple(data["images"].shape[-2:]))
 
     def _head_losses(
-        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals_BP4: Tensor, real_BP: Tensor
-    ) -> dict[str, Tensor]:
+        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals_BP4: Tensor, real_BP: Tensor,
+        anchors_BP: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
         config = self.config
         with torch.no_grad():
             regions_BR4, labels_BR, object_BR = self.parts.region_targets(
-                proposals_BP4, real_BP, data["boxes"], data["labels"], data["seeds"], config.region_budget,
-                config.region_foreground, 0.5,
+                proposals_BP4, real_BP, anchors_BP, data["boxes"], data["labels"], data["seeds"],
+                config.region_budget, config.region_foreground, 0.5,
             )  # fmt: skip
             matched_BR4 = data["boxes"].gather(1, object_BR[..., None].expand(-1, -1, 4))
             wanted_BR4 = encode(matched_BR4, regions_BR4, BOX_DELTA_WEIGHTS)
@@ -172,10 +173,10 @@ class MaskRCNN(nn.Module):
     # -------------------------------------------------------------------------------------------------- detection
 
     def _detect(
-        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals: tuple[Tensor, Tensor]
+        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """boxes [B, D, 4], scores [B, D] (0 where there is none), labels [B, D], mask probabilities [B, D, 28, 28]."""
-        (boxes_BP4, real_BP), config = proposals, self.config
+        (boxes_BP4, real_BP, _), config = proposals, self.config
         logits, deltas = self.box_predictor(self.box_head(self._pool(self.box_pool, features, data, boxes_BP4)))
         deltas_BPK4 = deltas.float().view(*boxes_BP4.shape[:2], -1, 4)
         decoded_BPK4 = decode(deltas_BPK4, boxes_BP4[:, :, None], BOX_DELTA_WEIGHTS)
