@@ -40,8 +40,8 @@ def _weights(start: int, stop: int, low: float, high: float, side: int) -> Array
 
 
 def run_lengths(inside_wh: Array, left: int, top: int, height: int, width: int) -> list[int]:
-    """COCO's uncompressed run-length encoding of an image [height, width] that is 0 but for this part of it, whose upper
-    left pixel is (left, top): lengths of runs of 0 and 1 in turn, column by column."""
+    """COCO's uncompressed run-length encoding of an image [height, width] that is 0 but for this part of it, whose
+    upper left pixel is (left, top): lengths of runs of 0 and 1, column by column."""
     columns, rows = inside_wh.shape
     edged = np.zeros((columns, rows + 2), dtype=np.int8)
     edged[:, 1:-1] = inside_wh
