@@ -154,11 +154,14 @@ def test_without_prepared_data_or_weights_the_remedy_is_said(
 
 @pytest.mark.realdata
 def test_real_photographs_are_prepared_trained_on_and_evaluated(
-    prepare: Prepare, realdata: Path, small: tuple[str, ...], tmp_path: Path
-) -> None:
+    prepare: Prepare, realdata: Path, small: tuple[str, ...], tmp_path: Path, closed_keys: set[str],
+    logged: Callable[[Path], list[dict[str, Any]]], passes_the_official_checker: Callable[[Path], None],
+) -> None:  # fmt: skip
     done = prepare(realdata, "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert "69 train images, 577 train objects" in done.stdout
     run = run_ranks(*small, f"data.root={tmp_path / 'out'}", "stop.epochs=1", run_dir=tmp_path / "run").expect(4)
     assert run.result["samples"] == 69
     assert set(run.result["quality"]) == {"box_ap", "mask_ap"}
+    passes_the_official_checker(run.run_dir)
+    assert closed_keys - {"weights_initialization"} <= {event["key"] for event in logged(run.run_dir)}
