@@ -2,6 +2,7 @@
 
     python plugins/opts/static_detection/bench/step.py workload=maskrcnn                            the baseline
     python plugins/opts/static_detection/bench/step.py workload=maskrcnn +opt=static_detection
+    python plugins/opts/static_detection/bench/step.py --untimed workload=maskrcnn                  counted only
     python plugins/opts/static_detection/bench/step.py --compare [--rounds 5] workload=maskrcnn     both, interleaved
 
 A host synchronisation is an operation whose result, or the size of whose result, the host must know to go on, or one
@@ -90,15 +91,24 @@ def cuda_waits(step: Callable[[], object]) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
 
 
-def measure(overrides: list[str]) -> dict[str, Any]:
-    """Runs core's own command up to the loop, and there the composed step."""
+def instead_of_the_loop(overrides: list[str], train: Callable[..., str]) -> int:
+    """Runs core's own command up to the loop, and `train` in the loop's place. Returns the exit status."""
     import core.run
     import core.worker
 
+    core.worker.train = train
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["core.run", *overrides, "checkpoint.at_end=false", f"run_dir={folder}/run"]
+        with contextlib.redirect_stdout(sys.stderr):
+            return core.run.main()
+
+
+def measure(overrides: list[str], timed: int) -> dict[str, Any]:
+    """Of the composed step, once counted and so often `timed`."""
     report: dict[str, Any] = {}
 
     def train(ctx: Any, watch: Any, step: Callable[..., Any], batches: Callable[..., Iterable[Any]], _: Any) -> str:
-        several = itertools.islice((b for epoch in itertools.count(1) for b in batches(epoch, 0)), STEPS + 3)
+        several = itertools.islice((b for epoch in itertools.count(1) for b in batches(epoch, 0)), timed + 3)
         for _ in range(2):  # the optimizer's state comes with the first
             step(next(several))
         counted = next(several)
@@ -114,16 +124,12 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             ctx.backend.synchronize()
             seconds.append(time.perf_counter() - started)
         report["host_synchronisations"] = dict(waits)
-        report["step_ms"] = statistics.median(seconds) * 1e3
-        report["images_per_s"] = ctx.workload.global_batch_size / statistics.median(seconds)
+        if seconds:
+            report["step_ms"] = statistics.median(seconds) * 1e3
+            report["images_per_s"] = ctx.workload.global_batch_size / statistics.median(seconds)
         return "throughput"
 
-    core.worker.train = train
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["core.run", *overrides, "checkpoint.at_end=false", f"run_dir={folder}/run"]
-        stdout, sys.stdout = sys.stdout, sys.stderr
-        code = core.run.main()
-        sys.stdout = stdout
+    code = instead_of_the_loop(overrides, train)
     if not report:
         raise SystemExit(code)
     return report
@@ -156,7 +162,8 @@ def main() -> None:
         rounds = int(arguments.pop(2)) if arguments[1:2] == ["--rounds"] else 5
         compare([a for a in arguments[1:] if a != "--rounds"], rounds)
     else:
-        print(json.dumps(measure(arguments)))
+        timed = 0 if "--untimed" in arguments else STEPS
+        print(json.dumps(measure([a for a in arguments if a != "--untimed"], timed)))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def run_lengths(inside_wh: Array, left: int, top: int, height: int, width: int) 
     """COCO's uncompressed run-length encoding of an image [height, width] that is 0 but for this part of it, whose
     upper left pixel is (left, top): lengths of runs of 0 and 1, column by column."""
     columns, rows = inside_wh.shape
-    edged = np.zeros((columns, rows + 2), dtype=np.int8)
+    edged = np.zeros((columns, rows + 2), dtype=bool)
     edged[:, 1:-1] = inside_wh
-    column_n, row_n = np.nonzero(np.diff(edged, axis=1))
+    column_n, row_n = np.divmod(np.flatnonzero(edged[:, 1:] != edged[:, :-1]), rows + 1)
     turns_n = (left + column_n) * height + top + row_n  # where a run of ones begins, or ends
     joined = np.flatnonzero(turns_n[1:-1:2] == turns_n[2::2])  # at a column's end, where the next one goes on
     turns_n = np.delete(turns_n, np.concatenate([2 * joined + 1, 2 * joined + 2]))
