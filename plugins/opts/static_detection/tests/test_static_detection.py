@@ -74,6 +74,10 @@ def test_one_call_for_all_levels_pools_what_torchvision_pools() -> None:
     expected = pool(features, list(regions), [(96, 96)] * 2)
     found = Fixed(1, 1, CPU).region_features(pool, features, regions, (96, 96))
     torch.testing.assert_close(found, expected)
+    corner = torch.tensor([[[95.5, 95.5, 96.0, 96.0]]]).expand(2, -1, -1)  # small: of the finest level, and of no other
+    alone = {name: level * (name == "0") for name, level in features.items()}
+    small = [Fixed(1, 1, CPU).region_features(pool, maps, corner, (96, 96)) for maps in (features, alone)]
+    torch.testing.assert_close(*small, rtol=0, atol=0)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
     wanted = torch.autograd.grad((expected * weights).sum(), list(features.values()))
     given = torch.autograd.grad((found * weights).sum(), list(features.values()))

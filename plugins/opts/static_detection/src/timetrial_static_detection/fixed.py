@@ -21,6 +21,8 @@ from timetrial_static_detection import pasting
 
 MIN_SIDE = 1e-3
 """Pixels. Narrower boxes are dropped, as the baseline does."""
+EDGE = 2
+"""Cells beyond a level that pooling may read."""
 LEVEL_EPSILON = 1e-6
 """Of torchvision's choice of a pyramid level."""
 
@@ -85,14 +87,15 @@ class Fixed:
     ) -> Tensor:
         """Features [B * R, channels, side, side] of regions, each from its level of the pyramid, by one call.
 
-        The levels lie below one another on one canvas, each with its last row and column repeated once, which is what
-        RoIAlign reads beyond them.
+        The levels lie below one another on one canvas, each with its last row and column repeated, which is what
+        RoIAlign reads within one cell beyond them. (It takes a region to be one cell large at least: of a smaller one
+        at the border it reads a second cell, which on a map of its own is zero.)
         """
         maps = [features[name] for name in pool.featmap_names]
         scales = [2.0 ** round(math.log2(m.shape[-2] / image_size[0])) for m in maps]
-        width = max(m.shape[-1] for m in maps) + 1
-        canvas = torch.cat([F.pad(m, (0, width - m.shape[-1], 0, 1), mode="replicate") for m in maps], dim=2)
-        tops = [sum(m.shape[-2] + 1 for m in maps[:level]) for level in range(len(maps))]
+        width = max(m.shape[-1] for m in maps) + EDGE
+        canvas = torch.cat([F.pad(m, (0, width - m.shape[-1], 0, EDGE), mode="replicate") for m in maps], dim=2)
+        tops = [sum(m.shape[-2] + EDGE for m in maps[:level]) for level in range(len(maps))]
         boxes_N4 = boxes_BR4.flatten(0, 1)
         side_N = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(-1).sqrt()
         exact_N = pool.canonical_level + torch.log2(side_N / pool.canonical_scale) + LEVEL_EPSILON
