@@ -56,7 +56,7 @@ def test_a_closed_run_logs_every_key_and_tensor_of_the_rules(
     assert prepare(source.write()).returncode == 0
     run = run_ranks(
         *small, "submission.division=closed", f"data.root={tmp_path / 'out'}", "stop.epochs=1",
-        "workload.backbone=resnet50", run_dir=tmp_path / "run",
+        "workload.backbone=resnet50", "checkpoint.at_end=false", run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
     events = logged(run.run_dir)
     assert closed_keys <= {event["key"] for event in events}
