@@ -4,7 +4,8 @@
 
 Made-up detections of COCO's size: 1,000 regions around 20 objects of an image of 800 x 1,088 pixels, 80 classes, of
 which an object's regions score two; and 100 smooth masks in boxes of 20 to 300 pixels of an image of 480 x 640. Each
-number is a median over calls of one process; a round is one process of each.
+number is a median over calls of one process, of its time on the CPU, since cores may be shared; a round is one process
+of each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from step import instead_of_the_loop
+from step import instead_of_the_loop, spread
 
 CALLS = 9
 IMAGES, REGIONS, OBJECTS, CLASSES, DETECTIONS = 2, 1000, 20, 80, 100
@@ -63,9 +64,9 @@ def milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
     function(*arguments)
     seconds: list[float] = []
     for _ in range(CALLS):
-        started = time.perf_counter()
+        started = time.process_time()
         function(*arguments)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return statistics.median(seconds) * 1e3
 
 
@@ -97,14 +98,12 @@ def main() -> None:
                 [sys.executable, __file__, "--one", opts], env=env, stdout=subprocess.PIPE, check=True
             )
             runs.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| part | baseline, ms an image: median (minimum to maximum) | static_detection | speed-up | n |")
+    print("| part | baseline, CPU ms an image: median (minimum to maximum) | static_detection | speed-up | n |")
     print("|---|---|---|---|---|")
     for part in ("suppression", "masks"):
         times = [[run[part] for run in runs] for runs in found.values()]
-        cells = [f"{statistics.median(t):.1f} ({min(t):.1f} to {max(t):.1f})" for t in times]
         gains = [old / new for old, new in zip(*times, strict=True)]
-        gain = f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
-        print(f"| {part} | {cells[0]} | {cells[1]} | {gain} | {rounds} |")
+        print(f"| {part} | {spread(times[0])} | {spread(times[1])} | {spread(gains, '.2f')} | {rounds} |")
 
 
 if __name__ == "__main__":

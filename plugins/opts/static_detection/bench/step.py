@@ -8,7 +8,7 @@
 A host synchronisation is an operation whose result, or the size of whose result, the host must know to go on, or one
 that copies a host's number to the device and waits until it is there. They are counted as they are called, so that a
 machine without an accelerator finds them, too; on a GPU torch's own count (`torch.cuda.set_sync_debug_mode`) stands
-beside it.
+beside it. The time on the CPU is what to compare on a machine without an accelerator whose cores are shared.
 """
 
 from __future__ import annotations
@@ -116,16 +116,18 @@ def measure(overrides: list[str], timed: int) -> dict[str, Any]:
             report["cuda_synchronisations"] = cuda_waits(lambda: step(counted))
         with Waits() as waits:
             step(counted)
-        seconds: list[float] = []
+        seconds, on_cpu = list[float](), list[float]()
         for batch in several:
             ctx.backend.synchronize()
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             step(batch)
             ctx.backend.synchronize()
             seconds.append(time.perf_counter() - started)
+            on_cpu.append(time.process_time() - started_cpu)
         report["host_synchronisations"] = dict(waits)
         if seconds:
             report["step_ms"] = statistics.median(seconds) * 1e3
+            report["cpu_ms"] = statistics.median(on_cpu) * 1e3
             report["images_per_s"] = ctx.workload.global_batch_size / statistics.median(seconds)
         return "throughput"
 
@@ -144,16 +146,18 @@ def compare(overrides: list[str], rounds: int) -> None:
             env = {"OMP_NUM_THREADS": "1", **os.environ}
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| | host synchronisations a step | ms a step: median (minimum to maximum), n | images/s | speed-up |")
-    print("|---|---|---|---|---|")
+    print("| | host synchronisations a step | ms a step | images/s | CPU ms a step | of the baseline's |")
+    print("|---|---|---|---|---|---|")
     for name, runs in found.items():
-        times = [run["step_ms"] for run in runs]
-        ratios = [b["step_ms"] / r["step_ms"] for b, r in zip(found["baseline"], runs, strict=True)]
         waits = sum(runs[0]["host_synchronisations"].values())
-        spread = f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f}), {rounds}"
-        images = statistics.median(run["images_per_s"] for run in runs)
-        gain = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {waits} | {spread} | {images:.1f} | {gain} |")
+        cells = [spread([run[key] for run in runs]) for key in ("step_ms", "images_per_s", "cpu_ms")]
+        ratios = [mine["cpu_ms"] / base["cpu_ms"] for base, mine in zip(found["baseline"], runs, strict=True)]
+        print(f"| {name} | {waits} | {' | '.join(cells)} | {spread(ratios, '.2f')} |")
+    print(f"\nMedian (minimum to maximum), n = {rounds} processes of {STEPS} steps each.")
+
+
+def spread(values: list[float], form: str = ".1f") -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
