@@ -24,7 +24,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -40,6 +40,9 @@ BETA = 1 / 9
 RPN_DELTA_WEIGHTS, BOX_DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)
 """Scale of the box regression targets (Fast R-CNN's code, and the reference)."""
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+UNTRAINED_RESIDUAL = 0.25
+"""Scale of a block's residual in an untrained ResNet-50, whose frozen normalisation normalises nothing: its 16 blocks
+then multiply the variance by about (1 + 1/16)^16 = 2.6, and not by 2^16, with which losses grow within six steps."""
 GROUP = 8
 """Channels a group of group normalisation, in the small backbone."""
 
@@ -200,6 +203,9 @@ def _backbone(config: MaskRCNNConfig, channels: int) -> tuple[BackboneWithFPN, l
         del body.fc, body.avgpool
         for frozen in (body.conv1, body.layer1):  # as in the reference: the stem and the first stage
             frozen.requires_grad_(False)
+        if config.pretrained == "random":
+            for block in (module for module in body.modules() if isinstance(module, Bottleneck)):
+                block.bn3.weight.fill_(UNTRAINED_RESIDUAL)
     else:
         widths = [config.width * 2**stage for stage in range(4)]
         body = _small(channels, widths)
