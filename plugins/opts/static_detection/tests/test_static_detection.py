@@ -84,6 +84,18 @@ def test_one_call_for_all_levels_pools_what_torchvision_pools() -> None:
     torch.testing.assert_close(given, wanted)
 
 
+def test_boxes_of_a_diverged_network_are_none_and_can_be_pooled() -> None:
+    fixed, pool = Fixed(2, 20, CPU), ops.MultiScaleRoIAlign(list(pyramid()), 7, 2, canonical_scale=96)
+    lost = torch.full((2, 30, 4), torch.nan)
+    for scores in (torch.full((2, 30), torch.nan), torch.full((2, 30), 0.5)):
+        proposals, real, _ = fixed.proposals(scores, lost, [20, 10], torch.tensor([[96, 96]] * 2), 10, 8, 0.5)
+        assert not real.any()
+        assert torch.isfinite(fixed.region_features(pool, pyramid(), proposals, (96, 96))).all()
+        every_class = scores[..., None].expand(-1, -1, 3), lost[:, :, None].expand(-1, -1, 3, -1)
+        found, best, labels = fixed.detections(*every_class, torch.ones(2, 30, dtype=torch.bool), 5, 0.05, 0.5)
+        assert (found.sum(), best.sum(), labels.sum()) == (0, 0, 0)
+
+
 def probabilities(count: int, seed: int) -> Tensor:
     """Smooth masks [count, 28, 28], of many shapes."""
     rough = torch.randn(count, 1, 7, 7, generator=torch.Generator().manual_seed(seed))

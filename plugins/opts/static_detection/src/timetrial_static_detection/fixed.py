@@ -78,7 +78,8 @@ class Fixed:
         ranked_Bn = scores_BLn.masked_fill(~kept_BLn, -1.0).flatten(1)
         best_BP, index_BP = ranked_Bn.topk(min(after, ranked_Bn.shape[1]), dim=1)
         real_BP, missing = best_BP >= 0, (0, after - best_BP.shape[1])
-        chosen_BP4 = _rows(boxes_BLn4.flatten(1, 2), index_BP) * real_BP[..., None]
+        # Not by a product with 0, of which NaN would stay: pooling at such a place reads what memory holds there.
+        chosen_BP4 = _rows(boxes_BLn4.flatten(1, 2), index_BP).masked_fill(~real_BP[..., None], 0.0)
         origin_BP = anchors_BLn.flatten(1).gather(1, index_BP)
         return F.pad(chosen_BP4, (0, 0, *missing)), F.pad(real_BP, missing), F.pad(origin_BP, missing)
 
@@ -133,7 +134,7 @@ class Fixed:
         kept_Bn, unsettled_B = suppress(best_Bn >= 0, (overlap(boxes_Bn4) > iou) & same_Bnn, self.rounds)
         self._unsettled += unsettled_B.sum()
         score_BD, place_BD = best_Bn.masked_fill(~kept_Bn, 0.0).topk(min(count, best_Bn.shape[1]), dim=1)
-        boxes_BD4 = _rows(boxes_Bn4, place_BD) * (score_BD > 0)[..., None]
+        boxes_BD4 = _rows(boxes_Bn4, place_BD).masked_fill((score_BD <= 0)[..., None], 0.0)
         labels_BD = label_Bn.gather(1, place_BD) * (score_BD > 0)
         missing = count - score_BD.shape[1]
         return F.pad(boxes_BD4, (0, 0, 0, missing)), F.pad(score_BD, (0, missing)), F.pad(labels_BD, (0, missing))
