@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlperf_logging
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 from core.testing.cli import environment
 
 REPO = Path(__file__).parents[4]
+RULES = Path(mlperf_logging.__file__).parent / "compliance_checker" / "training_1.1.0"
 SMALL = (
     "workload=maskrcnn_mlperf", "workload.pretrained=random", "workload.backbone=small", "workload.width=8",
     "workload.fpn_channels=16", "workload.box_head_width=16", "workload.mask_head_layers=[16]",
@@ -73,6 +76,41 @@ def source(tmp_path: Path) -> Source:
 @pytest.fixture
 def small() -> tuple[str, ...]:
     return SMALL
+
+
+@pytest.fixture
+def closed_keys() -> set[str]:
+    """Every key that the rules ask a closed log for."""
+    wanted = set[str]()
+    for rules in ("common", "closed_common", "closed_maskrcnn"):
+        entries = re.findall(r"NAME:\s+(\w+)\s+REQ:\s+(\w+(?:\(\w+\))?)", (RULES / f"{rules}.yaml").read_text())
+        wanted |= {name for name, need in entries if need in ("EXACTLY_ONE", "AT_LEAST_ONE")}
+    assert len(wanted) > 20
+    return wanted
+
+
+@pytest.fixture
+def passes_the_official_checker(tmp_path: Path) -> Callable[[Path], None]:
+    """Of the open rules: `passes_the_official_checker(run_dir)`."""
+
+    def check(run_dir: Path) -> None:
+        checker = ("mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0", "--werror")
+        command = [sys.executable, "-m", *checker, str(run_dir / "result_0.txt")]
+        checked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+    return check
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    """Of the run's log."""
+    lines = (run_dir / "result_0.txt").read_text().splitlines()
+    return [json.loads(line.partition(":::MLLOG ")[2]) for line in lines]
+
+
+@pytest.fixture
+def logged() -> Callable[[Path], list[dict[str, Any]]]:
+    return events
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torchvision.models import resnet50
 
 from core.errors import DataError
-from timetrial_maskrcnn import weights
+from timetrial_maskrcnn import model, weights
 from timetrial_maskrcnn.batch import collate
 from timetrial_maskrcnn.coco import Coco, GroupedSampler, resized
 
@@ -30,9 +31,10 @@ def train(source: Any, prepare: Prepare, tmp_path: Path) -> Coco:
 
 
 def test_sides_are_the_references() -> None:
-    assert resized(640, 480, 800, 1333) == (1067, 800)
-    assert resized(480, 640, 800, 1333) == (800, 1067)
-    assert resized(1000, 200, 800, 1333) == (1333, 267)
+    assert resized(640, 480, 800, 1333) == (1066, 800)  # not 1,067: the reference cuts off
+    assert resized(480, 640, 800, 1333) == (800, 1066)
+    assert resized(1000, 200, 800, 1333) == (1335, 267)  # nor 1,333: the shorter side is rounded first
+    assert resized(800, 800, 800, 1333) == (800, 800)
 
 
 def test_boxes_and_masks_follow_the_resized_image(train: Coco) -> None:
@@ -94,6 +96,15 @@ def test_pretrained_weights_are_read_from_either_format(tmp_path: Path) -> None:
         del body.fc
         weights.load(body, tmp_path / name)
         torch.testing.assert_close(body.layer3[1].conv2.weight, states["layer3.1.conv2.weight"])
+
+
+def test_an_untrained_resnet_keeps_its_features_within_bounds() -> None:
+    config = SimpleNamespace(backbone="resnet50", pretrained="random", fpn_channels=16)
+    torch.manual_seed(1)
+    backbone, _ = model._backbone(config, 3)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 64))
+    assert all(0.02 < level.std() < 3 for level in features.values())
 
 
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_executed(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 import timetrial_maskrcnn
 from core.config import validate
-from core.testing.cli import run_ranks
+from core.testing.cli import run_cli, run_ranks
 from timetrial_maskrcnn.plugin import MaskRCNNConfig
 from timetrial_maskrcnn.weights import CLOSED_NAMES
 from timetrial_maskrcnn.workload import MaskRCNNWorkload
@@ -51,32 +50,39 @@ def test_the_closed_configuration_is_a_reference_convergence_point() -> None:
 
 
 def test_a_closed_run_logs_every_key_and_tensor_of_the_rules(
-    source: Any, prepare: Callable[..., subprocess.CompletedProcess[str]], small: tuple[str, ...], tmp_path: Path
-) -> None:
+    source: Any, prepare: Callable[..., subprocess.CompletedProcess[str]], small: tuple[str, ...], tmp_path: Path,
+    closed_keys: set[str], logged: Callable[[Path], list[dict[str, Any]]],
+) -> None:  # fmt: skip
     assert prepare(source.write()).returncode == 0
     run = run_ranks(
         *small, "submission.division=closed", f"data.root={tmp_path / 'out'}", "stop.epochs=1",
-        "workload.backbone=resnet50", run_dir=tmp_path / "run",
+        "workload.backbone=resnet50", "checkpoint.at_end=false", run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
-    log = (run.run_dir / "result_0.txt").read_text()
-    events = [json.loads(line.partition(":::MLLOG ")[2]) for line in log.splitlines()]
-    wanted = set()
-    for rules in ("common", "closed_common", "closed_maskrcnn"):
-        entries = re.findall(r"NAME:\s+(\w+)\s+REQ:\s+(\w+(?:\(\w+\))?)", (RULES / f"{rules}.yaml").read_text())
-        wanted |= {name for name, need in entries if need in ("EXACTLY_ONE", "AT_LEAST_ONE")}
-    assert len(wanted) > 20
-    assert wanted <= {event["key"] for event in events}
+    events = logged(run.run_dir)
+    assert closed_keys <= {event["key"] for event in events}
     names = re.findall(r'"((?:FPN|RPN|ROI)\w+)"', (RULES / "closed_maskrcnn.yaml").read_text())
     assert len(names) == 21
     assert sorted(CLOSED_NAMES) == sorted(names)
-    assert sorted(re.findall(r'"tensor": "([^"]+)"', log)) == sorted(names)
+    tensors = [event["metadata"]["tensor"] for event in events if event["key"] == "weights_initialization"]
+    assert sorted(tensors) == sorted(names)
     (accuracy,) = (event["value"] for event in events if event["key"] == "eval_accuracy")
     assert set(accuracy) == {"BBOX", "SEGM"}
 
 
-def test_an_open_run_passes_the_official_checker(tmp_path: Path) -> None:
+def test_an_open_run_passes_the_official_checker(
+    tmp_path: Path, passes_the_official_checker: Callable[[Path], None]
+) -> None:
     arguments = ("workload=maskrcnn", "workload.train_scenes=16", "workload.eval_scenes=4", "stop.epochs=2")
-    log = run_ranks(*arguments, run_dir=tmp_path / "run").expect(4).run_dir / "result_0.txt"
-    checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0"]
-    checked = subprocess.run([*checker, "--werror", str(log)], capture_output=True, text=True, cwd=tmp_path)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    passes_the_official_checker(run_ranks(*arguments, run_dir=tmp_path / "run").expect(4).run_dir)
+
+
+@pytest.mark.convergence
+@pytest.mark.parametrize("opts", ["", "static_detection", "static_detection,async_eval"])
+def test_both_targets_are_reached(
+    opts: str, tmp_path: Path, passes_the_official_checker: Callable[[Path], None]
+) -> None:
+    run = run_cli("workload=maskrcnn", "seed=1", f"opt=[{opts}]", run_dir=tmp_path / "run").expect(0)
+    assert run.result["quality"]["box_ap"] >= 0.377
+    assert run.result["quality"]["mask_ap"] >= 0.339
+    assert all(evidence["active"] for evidence in run.evidence.values())
+    passes_the_official_checker(run.run_dir)

@@ -38,8 +38,12 @@ LEFT_OUT: dict[str, tuple[Callable[[Source], Any], str]] = {
         lambda s: s.train["annotations"].append(s.object(9, 1, (10, 10, 0, 20))),
         "1 train objects without area",
     ),
-    "a polygon outside the image": (
+    "a box and its polygon outside the image": (
         lambda s: s.train["annotations"].append(s.object(9, 1, (150, 10, 20, 20))),
+        "1 train objects outside their image",
+    ),
+    "a polygon outside the image in a box that is not": (
+        lambda s: s.train["annotations"].append(s.object(9, 1, segmentation=[[-30, 5, -10, 5, -10, 25]])),
         "1 train objects outside their image",
     ),
     "an image without objects": (lambda s: s.train["annotations"].pop(), "1 train images without objects"),
@@ -56,6 +60,16 @@ def test_what_the_reference_leaves_out_is_counted(case: str, source: Source, pre
     kept = prepared(tmp_path)
     assert all(a["id"] <= 8 for a in kept["annotations"])
     assert {a["image_id"] for a in kept["annotations"]} == {image["id"] for image in kept["images"]}
+
+
+def test_a_polygon_that_reaches_beyond_its_image_is_kept_and_trained_on(
+    source: Source, prepare: Prepare, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    source.train["annotations"][0] = source.object(1, 1, (-15, 40, 60, 80))
+    assert prepare(source.write()).returncode == 0
+    assert len(prepared(tmp_path)["annotations"]) == 8
+    run = run_ranks(*small, f"data.root={tmp_path / 'out'}", "stop.epochs=1", run_dir=tmp_path / "run").expect(4)
+    assert all(map(math.isfinite, run.losses))
 
 
 def test_evaluation_keeps_crowd_regions_and_empty_images(source: Source, prepare: Prepare, tmp_path: Path) -> None:
@@ -98,6 +112,10 @@ WRONG: dict[str, tuple[Callable[[Source], Any], str]] = {
     "a box that is not finite": (
         lambda s: s.train["annotations"].append(s.object(9, 1) | {"bbox": [1, 2, math.nan, 4]}),
         "train2017 annotation 9: its bbox is",
+    ),
+    "a mask of another size": (
+        lambda s: s.train["annotations"].append(s.object(9, 1, segmentation={"size": [80, 90], "counts": [7200]})),
+        "train2017 annotation 9: its mask has the size [80, 90], its image [80, 100]",
     ),
     "no segmentation": (
         lambda s: s.train["annotations"].append(s.object(9, 1, segmentation=[])),
@@ -154,11 +172,14 @@ def test_without_prepared_data_or_weights_the_remedy_is_said(
 
 @pytest.mark.realdata
 def test_real_photographs_are_prepared_trained_on_and_evaluated(
-    prepare: Prepare, realdata: Path, small: tuple[str, ...], tmp_path: Path
-) -> None:
+    prepare: Prepare, realdata: Path, small: tuple[str, ...], tmp_path: Path, closed_keys: set[str],
+    logged: Callable[[Path], list[dict[str, Any]]], passes_the_official_checker: Callable[[Path], None],
+) -> None:  # fmt: skip
     done = prepare(realdata, "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert "69 train images, 577 train objects" in done.stdout
     run = run_ranks(*small, f"data.root={tmp_path / 'out'}", "stop.epochs=1", run_dir=tmp_path / "run").expect(4)
     assert run.result["samples"] == 69
     assert set(run.result["quality"]) == {"box_ap", "mask_ap"}
+    passes_the_official_checker(run.run_dir)
+    assert closed_keys - {"weights_initialization"} <= {event["key"] for event in logged(run.run_dir)}

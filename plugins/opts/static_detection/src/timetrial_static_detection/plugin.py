@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.config import checked
 from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext, Workload
+from core.types import Batch, Evidence, OptSpec, Plugin, RunContext, Workload
 
 if TYPE_CHECKING:
     from timetrial_static_detection.fixed import Fixed
 
-COMPONENTS = ("proposals", "region_features", "detections")
+COMPONENTS = ("proposals", "region_features", "detections", "masks")
 
 
 @dataclass(kw_only=True)
@@ -25,6 +25,8 @@ class StaticDetectionConfig:
     """Rounds of suppression: boxes that hang on a chain of so many others are settled."""
     candidates: int = checked(at_least=1)
     """Boxes of an image, over all classes, that its final detections are chosen from."""
+    objects: int | None = checked(at_least=1)
+    """Objects of a training image that a batch has room for; None for as many as its fullest image has."""
 
 
 class StaticDetection(Plugin):
@@ -41,33 +43,40 @@ class StaticDetection(Plugin):
 
     _fixed: Fixed | None = None
 
-    @hookimpl(wrapper=True)
-    def make_workload(self, ctx: RunContext) -> Generator[None, Workload, Workload]:
+    # Innermost, wherever this opt lies: others decide by the spec what they can do.
+    @hookimpl(wrapper=True, trylast=True)
+    def make_workload(self) -> Generator[None, Workload, Workload]:
         workload = yield
-        workload.spec = dataclasses.replace(workload.spec, capture="step", static_shapes=True)
+        workload.spec = dataclasses.replace(workload.spec, capture="step")
         return workload
 
     @hookimpl(wrapper=True)
     def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
         inner = yield
         kind, _, part = name.partition(".")
-        if kind != "maskrcnn" or part not in COMPONENTS:
-            return inner
+        return getattr(self._of(ctx), part) if kind == "maskrcnn" and part in COMPONENTS else inner
+
+    @hookimpl(wrapper=True)
+    def wrap_batches(self, ctx: RunContext) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+        inner = yield
+        return self._of(ctx).with_room(inner, self.config.objects) if self.config.objects else inner
+
+    def _of(self, ctx: RunContext) -> Fixed:
         if self._fixed is None:
             from timetrial_static_detection.fixed import Fixed
 
             self._fixed = Fixed(self.config.rounds, self.config.candidates, ctx.device)
-        return getattr(self._fixed, part)
+        return self._fixed
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:
-        fixed = self._fixed
-        figures = fixed.figures() if fixed else {"images": 0, "unsettled": 0, "over_capacity": 0}
-        images, unsettled, beyond = (figures[name] for name in ("images", "unsettled", "over_capacity"))
+        figures = self._of(ctx).figures()
         return Evidence(
             plugin="static_detection",
-            active=images > 0,
-            summary=f"{images} images had their proposals chosen with fixed shapes; suppression was cut short in "
-            f"{unsettled} of them, and {beyond} images to be evaluated had candidates beyond the capacity",
-            figures=figures,
+            active=figures["images"] > 0,
+            summary=f"{figures['images']} images had their proposals chosen with fixed shapes, and {figures['masks']} "
+            f"masks were encoded without their image; suppression was cut short {figures['unsettled']} times, "
+            f"{figures['over_candidates']} images had more candidates and {figures['over_objects']} more objects than "
+            "there was room for",
+            figures={**figures, "rounds": self.config.rounds, "candidates": self.config.candidates},
         )

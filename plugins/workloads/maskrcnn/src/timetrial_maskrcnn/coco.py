@@ -118,9 +118,16 @@ class Coco:
 
 
 def resized(width: int, height: int, least: int, most: int) -> tuple[int, int]:
-    """The size at which the shorter side is `least` pixels, or the longer one `most` where that is smaller."""
-    scale = min(least / min(width, height), most / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    """The size at which the shorter side is `least` pixels, or fewer where the longer one would exceed `most`.
+
+    Rounded as by the reference (maskrcnn_benchmark, `Resize.get_size`).
+    """
+    short, long = min(width, height), max(width, height)
+    side = round(most * short / long) if long / short * least > most else least
+    if short == side:
+        return width, height
+    other = side * long // short
+    return (side, other) if width < height else (other, side)
 
 
 def _rasterise(shape: Any, scale: tuple[float, float], height: int, width: int) -> NDArray[np.uint8]:

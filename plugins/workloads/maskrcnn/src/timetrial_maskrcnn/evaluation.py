@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from torch.nn import functional as F
 METRICS = {"bbox": "box_ap", "segm": "mask_ap"}
 
 
-def records(outputs: dict[str, Tensor], data: dict[str, Tensor], categories: list[int]) -> list[dict[str, Any]]:
+Masks = Callable[[Tensor, Tensor, int, int], list[dict[str, Any]]]
+"""As `masks`."""
+
+
+def records(
+    outputs: dict[str, Tensor], data: dict[str, Tensor], categories: list[int], masks: Masks
+) -> list[dict[str, Any]]:
     """A batch of detections in COCO's results format, boxes and masks scaled back to the original images.
 
     `categories` are the annotations' ids of the model's labels 1, 2, ...
@@ -31,19 +38,26 @@ def records(outputs: dict[str, Tensor], data: dict[str, Tensor], categories: lis
     for i, (number, size, original) in enumerate(zip(ids, sizes, originals, strict=True)):
         height, width = original
         scale = torch.tensor([width / size[1], height / size[0]]).repeat(2)
-        for box_4, score, label, mask_ss in zip(
-            *(on_host[n][i] for n in ("boxes", "scores", "labels", "masks")), strict=True
-        ):
-            if score <= 0:
-                break  # the best come first; the rest fills up
-            x1, y1, x2, y2 = (box_4 * scale).tolist()
-            encoded = rle.encode(np.asfortranarray(paste(mask_ss, (x1, y1, x2, y2), height, width)))
+        count = int((on_host["scores"][i] > 0).sum())  # the best come first; the rest fills up
+        boxes_D4, scores, labels, masks_Dss = (on_host[n][i, :count] for n in ("boxes", "scores", "labels", "masks"))
+        shapes = masks(masks_Dss, boxes_D4 * scale, height, width)
+        rows = zip((boxes_D4 * scale).tolist(), scores.tolist(), labels.tolist(), shapes, strict=True)
+        for (x1, y1, x2, y2), score, label, shape in rows:
             found.append({
-                "image_id": number, "category_id": categories[int(label) - 1], "score": float(score),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
+                "image_id": number, "category_id": categories[label - 1], "score": score,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": shape,
             })  # fmt: skip
     return found
+
+
+def masks(masks_Dss: Tensor, boxes_D4: Tensor, height: int, width: int) -> list[dict[str, Any]]:
+    """The component "maskrcnn.masks": mask probabilities of D boxes of one image, on the host, as run-length encoded
+    masks of that image, in the form in which COCO's JSON has them."""
+    encoded = (
+        rle.encode(np.asfortranarray(paste(mask_ss, tuple(box), height, width)))
+        for mask_ss, box in zip(masks_Dss, boxes_D4.tolist(), strict=True)
+    )
+    return [{"size": e["size"], "counts": e["counts"].decode()} for e in encoded]
 
 
 def paste(mask_ss: Tensor, box: tuple[float, float, float, float], height: int, width: int) -> NDArray[np.uint8]:

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from timetrial_maskrcnn.boxes import decode, encode
 from timetrial_maskrcnn.regions import Parts, clip
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ BETA = 1 / 9
 RPN_DELTA_WEIGHTS, BOX_DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)
 """Scale of the box regression targets (Fast R-CNN's code, and the reference)."""
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+UNTRAINED_RESIDUAL = 0.25
+"""Scale of a block's residual in an untrained ResNet-50, whose frozen normalisation normalises nothing: its 16 blocks
+then multiply the variance by about (1 + 1/16)^16 = 2.6, and not by 2^16, with which losses grow within six steps."""
 GROUP = 8
 """Channels a group of group normalisation, in the small backbone."""
 
@@ -66,7 +69,6 @@ class MaskRCNN(nn.Module):
         for layer, deviation in ((self.box_predictor.cls_score, 0.01), (self.box_predictor.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=deviation)  # as in the reference
             nn.init.zeros_(layer.bias)
-        self.rpn_coder, self.box_coder = BoxCoder(RPN_DELTA_WEIGHTS), BoxCoder(BOX_DELTA_WEIGHTS)
 
     def forward(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images_BCHW = data["images"]
@@ -78,8 +80,8 @@ class MaskRCNN(nn.Module):
                 data, features, self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
             )
         losses = self._rpn_losses(data, objectness_BA, deltas_BA4, anchors_A4)
-        proposals_BP4, real_BP = self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
-        losses |= self._head_losses(data, features, proposals_BP4, real_BP)
+        proposals = self._proposals(data, objectness_BA, deltas_BA4, anchors_A4, level_sizes)
+        losses |= self._head_losses(data, features, *proposals)
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
     # ------------------------------------------------------------------------------------------- region proposals
@@ -98,11 +100,10 @@ class MaskRCNN(nn.Module):
     def _proposals(
         self, data: Mapping[str, Tensor], objectness_BA: Tensor, deltas_BA4: Tensor, anchors_A4: Tensor,
         level_sizes: list[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        boxes_BA4 = self.rpn_coder.decode_single(deltas_BA4.flatten(0, 1), anchors_A4.repeat(len(deltas_BA4), 1))
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         config, train = self.config, self.training
         return self.parts.proposals(
-            objectness_BA.sigmoid(), boxes_BA4.view_as(deltas_BA4), level_sizes, data["sizes"],
+            objectness_BA.sigmoid(), decode(deltas_BA4, anchors_A4, RPN_DELTA_WEIGHTS), level_sizes, data["sizes"],
             config.proposals_before_nms, config.proposals_train if train else config.proposals_eval, config.rpn_nms_iou,
         )  # fmt: skip
 
@@ -114,7 +115,7 @@ class MaskRCNN(nn.Module):
             anchors_A4, data["boxes"], data["labels"], data["seeds"], config.rpn_budget, 0.5, 0.7, 0.3
         )
         matched_BA4 = data["boxes"].gather(1, object_BA[..., None].expand(-1, -1, 4))
-        wanted_BA4 = _encode(self.rpn_coder, matched_BA4, anchors_A4.expand_as(matched_BA4))
+        wanted_BA4 = encode(matched_BA4, anchors_A4, RPN_DELTA_WEIGHTS)
         norm = config.rpn_budget * len(objectness_BA)
         sampled_BA = foreground_BA | background_BA
         objectness = F.binary_cross_entropy_with_logits(objectness_BA, foreground_BA.float(), reduction="none")
@@ -130,16 +131,17 @@ class MaskRCNN(nn.Module):
         return self.parts.region_features(pool, features, boxes_BR4, tuple(data["images"].shape[-2:]))
 
     def _head_losses(
-        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals_BP4: Tensor, real_BP: Tensor
-    ) -> dict[str, Tensor]:
+        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals_BP4: Tensor, real_BP: Tensor,
+        anchors_BP: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
         config = self.config
         with torch.no_grad():
             regions_BR4, labels_BR, object_BR = self.parts.region_targets(
-                proposals_BP4, real_BP, data["boxes"], data["labels"], data["seeds"], config.region_budget,
-                config.region_foreground, 0.5,
+                proposals_BP4, real_BP, anchors_BP, data["boxes"], data["labels"], data["seeds"],
+                config.region_budget, config.region_foreground, 0.5,
             )  # fmt: skip
             matched_BR4 = data["boxes"].gather(1, object_BR[..., None].expand(-1, -1, 4))
-            wanted_BR4 = _encode(self.box_coder, matched_BR4, regions_BR4)
+            wanted_BR4 = encode(matched_BR4, regions_BR4, BOX_DELTA_WEIGHTS)
         logits, deltas = self.box_predictor(self.box_head(self._pool(self.box_pool, features, data, regions_BR4)))
         labels_N, norm = labels_BR.flatten(), labels_BR.numel()
         deltas_N4 = deltas.float().view(norm, -1, 4)[torch.arange(norm, device=labels_N.device), labels_N.clamp_min(0)]
@@ -174,13 +176,14 @@ class MaskRCNN(nn.Module):
     # -------------------------------------------------------------------------------------------------- detection
 
     def _detect(
-        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals: tuple[Tensor, Tensor]
+        self, data: Mapping[str, Tensor], features: Mapping[str, Tensor], proposals: tuple[Tensor, Tensor, Tensor]
     ) -> dict[str, Tensor]:
         """boxes [B, D, 4], scores [B, D] (0 where there is none), labels [B, D], mask probabilities [B, D, 28, 28]."""
-        (boxes_BP4, real_BP), config = proposals, self.config
+        (boxes_BP4, real_BP, _), config = proposals, self.config
         logits, deltas = self.box_predictor(self.box_head(self._pool(self.box_pool, features, data, boxes_BP4)))
-        decoded_NK4 = self.box_coder.decode_single(deltas.float(), boxes_BP4.flatten(0, 1)).view(len(logits), -1, 4)
-        boxes_BPK4 = clip(decoded_NK4.view(*boxes_BP4.shape[:2], -1, 4), data["sizes"][:, None, None])
+        deltas_BPK4 = deltas.float().view(*boxes_BP4.shape[:2], -1, 4)
+        decoded_BPK4 = decode(deltas_BPK4, boxes_BP4[:, :, None], BOX_DELTA_WEIGHTS)
+        boxes_BPK4 = clip(decoded_BPK4, data["sizes"][:, None, None])
         scores_BPK = logits.float().softmax(-1).view(*boxes_BP4.shape[:2], -1)
         boxes_BD4, scores_BD, labels_BD = self.parts.detections(
             scores_BPK, boxes_BPK4, real_BP, config.detections, config.least_score, config.nms_iou
@@ -193,12 +196,6 @@ class MaskRCNN(nn.Module):
         }  # fmt: skip
 
 
-def _encode(coder: BoxCoder, objects_x4: Tensor, regions_x4: Tensor) -> Tensor:
-    """Regression targets; for regions without area, which no loss counts, what would be infinite is 0."""
-    deltas = coder.encode_single(objects_x4.reshape(-1, 4), regions_x4.reshape(-1, 4)).view_as(regions_x4)
-    return torch.nan_to_num(deltas, nan=0.0, posinf=0.0, neginf=0.0)
-
-
 def _backbone(config: MaskRCNNConfig, channels: int) -> tuple[BackboneWithFPN, list[str]]:
     """The backbone with its pyramid, and the names of the pyramid's levels, finest first."""
     if config.backbone == "resnet50":
@@ -206,6 +203,9 @@ def _backbone(config: MaskRCNNConfig, channels: int) -> tuple[BackboneWithFPN, l
         del body.fc, body.avgpool
         for frozen in (body.conv1, body.layer1):  # as in the reference: the stem and the first stage
             frozen.requires_grad_(False)
+        if config.pretrained == "random":
+            for block in (module for module in body.modules() if isinstance(module, Bottleneck)):
+                block.bn3.weight.fill_(UNTRAINED_RESIDUAL)
     else:
         widths = [config.width * 2**stage for stage in range(4)]
         body = _small(channels, widths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,4 +120,6 @@ class MaskRCNN(Plugin):
     def make_workload(self, ctx: RunContext) -> MaskRCNNWorkload:
         from timetrial_maskrcnn.workload import MaskRCNNWorkload  # imports torch
 
-        return MaskRCNNWorkload(SPEC, self.config, ctx)
+        # Scenes are of one size, and have room for three digits.
+        spec = dataclasses.replace(SPEC, static_shapes=self.config.data_set == "scenes")
+        return MaskRCNNWorkload(spec, self.config, ctx)

@@ -127,7 +127,7 @@ def _clean(
     known = {image for image in preparation.bad if image.startswith(f"{split}/")}
     kept, left_out = list[dict[str, Any]](), Counter[str]()
     for annotation in annotations["annotations"]:
-        problem = _problem(annotation, categories)
+        problem = _problem(annotation, categories, images.get(annotation.get("image_id")))
         if annotation.get("image_id") not in images and not problem:
             if known:  # its image was refused, and named, above
                 left_out["objects of refused images"] += 1
@@ -148,15 +148,18 @@ def _clean(
     return {"images": list(images.values()), "annotations": kept, "categories": annotations["categories"]}, left_out
 
 
-def _problem(annotation: dict[str, Any], categories: set[int]) -> str:
-    """What is wrong with the annotation as such, or nothing."""
+def _problem(annotation: dict[str, Any], categories: set[int], image: dict[str, Any] | None) -> str:
+    """What is wrong with the annotation as such, or nothing. `image` is its image, where that exists."""
     box, shape = annotation.get("bbox"), annotation.get("segmentation")
     if not (isinstance(box, list) and len(box) == 4 and all(map(_finite, box))):
         return f"its bbox is {box}, four finite numbers are expected"
     if annotation.get("category_id") not in categories:
         return f"its category {annotation.get('category_id')} does not exist"
     if isinstance(shape, dict):
-        return "" if {"counts", "size"} <= shape.keys() else "its mask has no counts and size"
+        if not {"counts", "size"} <= shape.keys():
+            return "its mask has no counts and size"
+        wanted = [image["height"], image["width"]] if image else shape["size"]
+        return "" if shape["size"] == wanted else f"its mask has the size {shape['size']}, its image {wanted}"
     if not isinstance(shape, list) or not shape:
         return "it has no segmentation"
     for polygon in shape:
@@ -174,9 +177,16 @@ def _unusable(annotation: dict[str, Any], image: dict[str, Any]) -> str:
     x, y, width, height = annotation["bbox"]
     if width <= LEAST_SIDE or height <= LEAST_SIDE:
         return "objects without area"
-    inside_x = min(x + width, image["width"]) - max(x, 0)
-    inside_y = min(y + height, image["height"]) - max(y, 0)
-    return "" if inside_x > 0 and inside_y > 0 else "objects outside their image"
+    spans = [(x, y, x + width, y + height)]
+    shape = annotation["segmentation"]
+    if isinstance(shape, list):
+        across, down = ([value for polygon in shape for value in polygon[axis::2]] for axis in (0, 1))
+        spans.append((min(across), min(down), max(across), max(down)))
+    inside = all(
+        left < image["width"] and top < image["height"] and right > 0 and bottom > 0
+        for left, top, right, bottom in spans
+    )
+    return "" if inside else "objects outside their image"
 
 
 def write_json(path: Path, tree: Any) -> None:

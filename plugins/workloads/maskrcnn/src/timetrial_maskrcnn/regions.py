@@ -25,7 +25,7 @@ MIN_SIDE = 1e-3
 class Parts:
     """The replaceable parts of the detector, each documented at its default."""
 
-    proposals: Callable[..., tuple[Tensor, Tensor]]
+    proposals: Callable[..., tuple[Tensor, Tensor, Tensor]]
     anchor_targets: Callable[..., tuple[Tensor, Tensor, Tensor]]
     region_targets: Callable[..., tuple[Tensor, Tensor, Tensor]]
     region_features: Callable[..., Tensor]
@@ -43,19 +43,24 @@ def offered(component: Callable[[str, Any], Any]) -> Parts:
 
 def proposals(
     scores_BA: Tensor, boxes_BA4: Tensor, level_sizes: list[int], sizes_B2: Tensor, before: int, after: int, iou: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best `before` anchors of each level, clipped to the image, thinned out to at most `after` an image.
 
-    `sizes_B2` are heights and widths. Returns boxes [B, after, 4] and which of them are real [B, after] bool.
+    `sizes_B2` are heights and widths. Returns boxes [B, after, 4], which of them are real [B, after] bool, and the
+    anchors that they come from [B, after] int64.
     """
     chosen_Bn, level_n = best_of_levels(scores_BA, level_sizes, before)
-    found: list[Tensor] = []
+    found, origins = list[Tensor](), list[Tensor]()
     for scores_A, boxes_A4, chosen_n, size in zip(scores_BA, boxes_BA4, chosen_Bn, sizes_B2, strict=True):
         boxes_n4 = clip(boxes_A4[chosen_n], size)
         large_n = ops.remove_small_boxes(boxes_n4, MIN_SIDE)
-        kept = ops.batched_nms(boxes_n4[large_n], scores_A[chosen_n][large_n], level_n[large_n], iou)
-        found.append(boxes_n4[large_n][kept[:after]])
-    return fill_up(found, after), fill_up([torch.ones(len(f), device=f.device) for f in found], after) > 0
+        boxes_n4, chosen_n, levels_n = boxes_n4[large_n], chosen_n[large_n], level_n[large_n]
+        # In float64: batched_nms moves each level's boxes to a place of their own, where float32 would round them.
+        kept = ops.batched_nms(boxes_n4.double(), scores_A[chosen_n].double(), levels_n, iou)[:after]
+        found.append(boxes_n4[kept])
+        origins.append(chosen_n[kept])
+    real = fill_up([torch.ones(len(f), device=f.device) for f in found], after) > 0
+    return fill_up(found, after), real, fill_up(origins, after)
 
 
 def best_of_levels(scores_BA: Tensor, level_sizes: list[int], before: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +119,7 @@ def anchor_targets(
     closest_BMA = (iou_BMA == iou_BMA.amax(dim=2, keepdim=True)) & (iou_BMA > 0)
     foreground_BA = (best_BA >= high) | closest_BMA.any(dim=1)
     background_BA = (best_BA < low) & ~foreground_BA
-    draw_BA = draws(seeds_B, anchors_A4.shape[0])
+    draw_BA = draws(seeds_B, torch.arange(len(anchors_A4), device=seeds_B.device))
     foreground_BA = sample(foreground_BA, draw_BA, torch.full_like(seeds_B, int(budget * fraction)), budget)
     background_BA = sample(background_BA, draw_BA, budget - foreground_BA.sum(1), budget)
     return foreground_BA, background_BA, object_BA
@@ -128,11 +133,12 @@ def sample(of_Bn: Tensor, draw_Bn: Tensor, count_B: Tensor, most: int) -> Tensor
 
 
 def region_targets(
-    proposals_BP4: Tensor, real_BP: Tensor, objects_BM4: Tensor, labels_BM: Tensor, seeds_B: Tensor, budget: int,
-    fraction: float, high: float,
+    proposals_BP4: Tensor, real_BP: Tensor, anchors_BP: Tensor, objects_BM4: Tensor, labels_BM: Tensor, seeds_B: Tensor,
+    budget: int, fraction: float, high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`budget` regions an image for the heads to learn from, of which at most `fraction` are of an object: foreground
-    first. The objects themselves are proposals, too (as in the reference).
+    first. The objects themselves are proposals, too (as in the reference). A proposal's draw is that of its anchor, not
+    of its rank: where rounding moves or removes a proposal, the choice among the others stays.
 
     Returns regions [B, R, 4], labels [B, R] int64 (0 background, -1 nothing) and objects [B, R] int64.
     """
@@ -140,7 +146,8 @@ def region_targets(
     real_Bn = torch.cat([real_BP, labels_BM > 0], dim=1)
     best_Bn, object_Bn = overlaps(boxes_Bn4, objects_BM4, labels_BM).max(dim=1)
     foreground_Bn = (best_Bn >= high) & real_Bn
-    draw_Bn = draws(seeds_B + 1, boxes_Bn4.shape[1])
+    object_keys_BM = -1 - torch.arange(labels_BM.shape[1], device=labels_BM.device).expand_as(labels_BM)
+    draw_Bn = draws(seeds_B + 1, torch.cat([anchors_BP, object_keys_BM], dim=1))
     most = int(budget * fraction)
     chosen_Bn = sample(foreground_Bn, draw_Bn, torch.full_like(seeds_B, most), most)
     priority_Bn = (draw_Bn + chosen_Bn).masked_fill(~real_Bn | (foreground_Bn & ~chosen_Bn), -1.0)
@@ -151,11 +158,11 @@ def region_targets(
     return regions_BR4, labels_BR.masked_fill(priority_BR < 0, -1), object_BR
 
 
-def draws(seeds_B: Tensor, count: int) -> Tensor:
-    """Uniform draws in [0, 1) [B, count], a function of each image's seed alone: the same on any device, for any number
-    of ranks, and after a resume. A counter-based generator: multiplication and xor-shift, as in SplitMix64 (Steele et
-    al. 2014) but on 31-bit halves, whose products fit into 63 bits."""
-    counter_Bn = seeds_B[:, None] + torch.arange(count, device=seeds_B.device) * 0x61C88647
+def draws(seeds_B: Tensor, keys_n: Tensor) -> Tensor:
+    """Uniform draws in [0, 1) [B, n], a function of each image's seed and of keys [n] or [B, n] int64 alone: the same
+    on any device, for any number of ranks, and after a resume. A counter-based generator: multiplication and xor-shift,
+    as in SplitMix64 (Steele et al. 2014) but on 31-bit halves, whose products fit into 63 bits."""
+    counter_Bn = seeds_B[:, None] + keys_n * 0x61C88647
     for multiplier in (0x7FEB352D, 0x5A2B3C1D, 0x2C1B3C6D):
         counter_Bn = counter_Bn & 0x7FFFFFFF
         counter_Bn = (counter_Bn ^ (counter_Bn >> 15)) * multiplier

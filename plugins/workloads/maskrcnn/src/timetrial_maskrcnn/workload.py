@@ -138,6 +138,7 @@ class MaskRCNNWorkload:
             model = MaskRCNN(self.config, self.train.channels, self.train.classes, offered(self.ctx.component))
         if self.config.pretrained not in (None, "random"):
             weights.load(model.backbone.body, Path(self.config.pretrained).expanduser())
+        self.masks: evaluation.Masks = self.ctx.component("maskrcnn.masks", evaluation.masks)
         return model
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -182,7 +183,7 @@ class MaskRCNNWorkload:
         """Box and mask AP over the evaluation set; detections and annotations go to the run folder's `detections/`."""
         categories, mine = [c["id"] for c in self.eval.categories], list[dict[str, Any]]()
         for data in self.ctx.feed(self._eval_batches()):
-            mine += evaluation.records(infer(data), data, categories)
+            mine += evaluation.records(infer(data), data, categories, self.masks)
         found, quality = evaluation.gathered(mine, self.ctx.world_size), dict[str, float]()
         if self.ctx.rank == 0:
             annotations = self.eval.annotations()
