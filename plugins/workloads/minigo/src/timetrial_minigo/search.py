@@ -196,7 +196,9 @@ class Search:
         table = self.puct.table.index_select(0, roots_K)[:, self.go.moves :]
         prior = torch.where(made, self.tree.prior.take(child), table)
         mixed = self.puct.mix(roots_K, noise_KA, self.settings.noise_fraction, prior, visits)
-        self.tree.prior.put_(child, torch.where(made, mixed, 0))  # a root has no use for its own
+        # Where a move has not been made its row is the root's own, which has no use for a prior. Not put_: it is refused
+        # in deterministic mode.
+        self.tree.prior.index_copy_(0, child.flatten(), torch.where(made, mixed, 0).flatten())
         self.tree.refresh(roots_K)
 
     def _plan(self, roots_K: Tensor, visits: int) -> Tensor:
