@@ -57,12 +57,12 @@ class SearchSettings:
             raise ValueError("simulations and leaves: expected at least 1")
         if self.method == "gumbel" and (self.leaves > 1 or self.reuse):
             raise ValueError("method gumbel counts every visit: it takes leaves=1 and reuse=false")
-        if self.reuse and self.room < self.simulations + 1:
+        if self.reuse and self.room <= self.simulations:
             raise ValueError(f"nodes={self.nodes}: expected more than the {self.simulations} simulations of one move")
 
     @property
     def room(self) -> int:
-        return (self.nodes or 4 * self.simulations) if self.reuse else self.simulations + 1
+        return (self.nodes or 4 * self.simulations) if self.reuse else self.simulations
 
 
 def draw_noise(settings: SearchSettings, games: int, points: int, seed: int) -> Tensor:
@@ -157,9 +157,10 @@ class Search:
         """
         simulations = self.settings.simulations if simulations is None else simulations
         games = self.tree.roots() if games is None else games
-        slot = self._take_slots(games, simulations)
         waiting = self.tree.state.take(games) == PENDING
         waiting, known = waiting.nonzero().squeeze(1), (~waiting).nonzero().squeeze(1)
+        first = 0 if len(known) else 1  # the first simulation in need of a node
+        slot = self._take_slots(games, simulations - first)
         noisy = noise is not None and self.settings.method == "puct"
         if noisy and len(known):
             self._mix(games[known], noise[known])
@@ -173,21 +174,19 @@ class Search:
             plan = self._plan(games, simulations - 1)
         elif len(known):
             self._simulate(games[known], slot, 1, None if symmetry is None else symmetry[:1, known])
-        for first in range(1, simulations, self.settings.leaves):
-            until = min(first + self.settings.leaves, simulations)
+        for at in range(1, simulations, self.settings.leaves):
+            until = min(at + self.settings.leaves, simulations)
             if plan is not None:
-                move = self.gumbel.choose_root(games, self._gumbel[games], plan[first - 1])
-                self.tree.point(games, move)
-            seen_as = None if symmetry is None else symmetry[first:until]
-            self._simulate(games, slot + first, until - first, seen_as)
+                self.tree.point(games, self.gumbel.choose_root(games, self._gumbel[games], plan[at - 1]))
+            self._simulate(games, slot + at - first, until - at, None if symmetry is None else symmetry[at:until])
 
-    def _take_slots(self, games_K: Tensor, simulations: int) -> int:
-        """The first of as many slots that are free in all of the games."""
+    def _take_slots(self, games_K: Tensor, count: int) -> int:
+        """The first of so many slots that are free in all of the games."""
         games = games_K.cpu().numpy()
         slot = int(self._used[games].max(initial=1))
-        if slot + simulations > self.settings.room + 1:
-            raise ValueError(f"{simulations} simulations more: there is room for {self.settings.room + 1 - slot}")
-        self._used[games] = slot + simulations
+        if slot + count > self.settings.room:
+            raise ValueError(f"{count} nodes more: the trees have room for {self.settings.room - slot}")
+        self._used[games] = slot + count
         return slot
 
     def _mix(self, roots_K: Tensor, noise_KA: Tensor) -> None:
@@ -196,8 +195,7 @@ class Search:
         table = self.puct.table.index_select(0, roots_K)[:, self.go.moves :]
         prior = torch.where(made, self.tree.prior.take(child), table)
         mixed = self.puct.mix(roots_K, noise_KA, self.settings.noise_fraction, prior, visits)
-        # Where a move has not been made its row is the root's own, which has no use for a prior. Not put_: it is refused
-        # in deterministic mode.
+        # Where a move has not been made its row is the root's own, which has no use for a prior.
         self.tree.prior.index_copy_(0, child.flatten(), torch.where(made, mixed, 0).flatten())
         self.tree.refresh(roots_K)
 
