@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timetrial_minigo.features import planes
 from timetrial_minigo.go import Boards, Go
-from timetrial_minigo.opponent import Choose, Game, _Match, _play_openings
+from timetrial_minigo.opponent import Choose, Game, Match, play_openings
 from timetrial_minigo.search import Evaluate, Search, SearchSettings
 
 
@@ -44,21 +44,14 @@ def searching(
     return choose
 
 
-class _Silent:
-    """A player that need not be told of moves: a `Choose` is shown the board."""
-
-    def receive(self, move: int) -> None:
-        pass
-
-
 def play_networks(
     go: Go, ours: Choose, theirs: Choose, games: Sequence[int], seed: int,
     *, history: int, opening: int, move_limit: int,
 ) -> list[Game]:  # fmt: skip
     """As `opponent.play_match`, against another network."""
-    match = _Match(go, list(games), seed, history, move_limit)
+    match = Match(go, list(games), seed, history, move_limit)
     with torch.no_grad():
-        _play_openings(match, [_Silent() for _ in games], opening)  # pyright: ignore[reportArgumentType]
+        play_openings(match, [], opening)
         while len(running := match.running()):
             our_turn = match.boards.to_play[running].cpu() == match.colours[running]
             for choose, which in ((ours, running[our_turn]), (theirs, running[~our_turn])):

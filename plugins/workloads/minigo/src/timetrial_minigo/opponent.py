@@ -81,14 +81,14 @@ def play_match(
     `move_limit` counts all moves; a game that reaches it is scored as it stands. TimetrialError where the opponent
     fails, or refuses a move that is legal here.
     """
-    match = _Match(go, list(games), seed, history, move_limit)
+    match = Match(go, list(games), seed, history, move_limit)
     with contextlib.ExitStack() as stack, torch.no_grad():
         players: list[Player] = []
         for number in games:
             own_seed = int(np.random.default_rng([seed, number, 1]).integers(2**31))
             players.append(opponent.player(go.rules, move_limit, own_seed))
             stack.callback(players[-1].close)
-        _play_openings(match, players, opening)
+        play_openings(match, players, opening)
         while len(running := match.running()):
             theirs = running[match.boards.to_play[running].cpu() != match.colours[running]]
             _opponent_moves(match, players, theirs)
@@ -103,7 +103,7 @@ def play_match(
     return match.results()
 
 
-class _Match:
+class Match:
     """The games of a match: positions, what came before them, and how each ended."""
 
     def __init__(self, go: Go, numbers: list[int], seed: int, history: int, move_limit: int) -> None:
@@ -161,8 +161,9 @@ class _Match:
         ]  # fmt: skip
 
 
-def _play_openings(match: _Match, players: list[Player], longest: int) -> None:
-    """A random number of random stones, black and white in turn; the draw depends on the pair of games alone."""
+def play_openings(match: Match, players: Sequence[Player], longest: int) -> None:
+    """A random number of random stones, black and white in turn; the draw depends on the pair of games alone. `players`
+    are told of them; there are none where both sides are shown the board."""
     if not longest:
         return
     points = match.go.points
@@ -173,12 +174,13 @@ def _play_openings(match: _Match, players: list[Player], longest: int) -> None:
         which = torch.tensor([i for i, stones in enumerate(match.opening) if stones > turn])
         if len(which):
             moves = (priority[which, turn] * match.legal(which)[:, :points]).argmax(dim=1)
-            for game, move in zip(which.tolist(), moves.tolist(), strict=True):
-                players[game].receive(move)
+            if players:
+                for game, move in zip(which.tolist(), moves.tolist(), strict=True):
+                    players[game].receive(move)
             match.play(which, moves)
 
 
-def _opponent_moves(match: _Match, players: list[Player], which: Tensor) -> None:
+def _opponent_moves(match: Match, players: list[Player], which: Tensor) -> None:
     if not len(which):
         return
     played: dict[int, int] = {}
