@@ -62,6 +62,8 @@ class SelfPlay:
         self.go, self.settings, self.history = go, settings, history
         self.seed_for, self.after_move = seed_for, after_move
         self.search = Search(go, search, evaluate, settings.parallel_games, history)
+        self.counts = {"searches": 0, "recorded": 0, "simulations": 0}
+        """Of all moves that this rank has searched for so far."""
 
     def play(self, generation: int, games: int, mine: range, playouts: Playouts) -> Examples:
         """The games with the numbers `mine`, of the generation's `games`, in their order."""
@@ -71,6 +73,12 @@ class SelfPlay:
             numbers = range(start, min(start + size, mine.stop))
             parts.append(_Round(self, generation, games, numbers).play(playouts))
         return Examples.join(parts)
+
+    def count(self, searches: int, recorded: bool, simulations: int) -> None:
+        """Notes searches of so many simulations each."""
+        self.counts["searches"] += searches
+        self.counts["recorded"] += searches * recorded
+        self.counts["simulations"] += searches * simulations
 
     def drawn(self, what: str, generation: int, ply: int, numbers: range, draw: Callable[[int, int], Tensor]) -> Tensor:
         """The rows of the games `numbers` of what `draw(rows, seed)` gives for each block of games."""
@@ -158,6 +166,7 @@ class _Round:
             for noisy in (True, False):
                 which = ((simulations_K == count) & (recorded_K == noisy)).nonzero().squeeze(1)
                 if count and len(which):
+                    self.by.count(len(which), noisy, count)
                     symmetry = self._symmetry(ply, count)
                     self.by.search.run(
                         count, noise[which] if noisy else None, which, None if symmetry is None else symmetry[:, which]

@@ -44,7 +44,7 @@ class MiniGoWorkload:
         self.train_samples, self.eval_samples = config.epoch_examples, config.eval_games
         self.go = Go(Rules(config.size, config.komi, config.suicide), ctx.device)
         self.window = Window(config.window, config.size, config.history, ctx.device)
-        self.search = _search_settings(config, config.simulations)
+        self.search = search_settings(config, config.simulations)
         self._selfplay: SelfPlay | None = None
         self._target: network.PolicyValueNet | None = None
         self._sampler = EpochSampler(
@@ -73,7 +73,7 @@ class MiniGoWorkload:
         """Plays the epoch's games, unless the window holds them already, as it does where a run goes on in the middle
         of an epoch; then come the batches drawn from the window."""
         if self.window.newest < epoch:
-            self.window.add(epoch, self.generation(epoch))
+            self.window.add(epoch, exchange(self.generation(epoch)))
         order, symmetry = self.window.draw(self.train_samples, self.ctx.seed_for("draw", epoch))
         for share in self._sampler.epoch(self.ctx.seed_for("shuffle", epoch), first_batch):
             rows = torch.from_numpy(share.indices)
@@ -97,8 +97,8 @@ class MiniGoWorkload:
 
     # -------------------------------------------------------------------------------------------------- self-play
 
-    def play_generation(self, generation: int) -> Examples:
-        """The games of a generation by the network as it is now: this rank's share of them, and then everyone's."""
+    def play_share(self, generation: int) -> Examples:
+        """This rank's share of the games of a generation, by the network as it is now."""
         self._refuse_sharded()
         mine = eval_share(self.config.games, self.ctx.rank, self.ctx.world_size)
         if self._selfplay is None:
@@ -110,7 +110,8 @@ class MiniGoWorkload:
         with torch.no_grad():
             played = self._selfplay.play(generation, self.config.games, mine, self.playouts)
         self.ctx.model.train()
-        return exchange(played)
+        self.ctx.figures["selfplay"] = dict(self._selfplay.counts)
+        return played
 
     def all_alike(self, generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
         """`Playouts`: each move gets as many simulations as any other, and each position is learnt from."""
@@ -131,7 +132,7 @@ class MiniGoWorkload:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        self.generation = self.ctx.component("minigo.generation", self.play_generation)
+        self.generation = self.ctx.component("minigo.generation", self.play_share)
         self.playouts = self.ctx.component("minigo.playouts", self.all_alike)
         sizes = network.Sizes(
             board=config.size,
@@ -205,7 +206,7 @@ class MiniGoWorkload:
         config = self.config
         if not config.eval_simulations:
             return gating.first_choice(self.go, evaluate, history)
-        settings = _search_settings(config, config.eval_simulations)
+        settings = search_settings(config, config.eval_simulations)
         seed = self.ctx.seed_for("symmetry", side, self.ctx.rank) if config.random_symmetry else None
         return gating.searching(self.go, evaluate, history, settings, games, seed)
 
@@ -269,7 +270,7 @@ def _refuse_contradictions(config: MiniGoConfig) -> None:
         raise UsageError(f"{what}: set workload.soft_moves=0 workload.virtual_losses=1 workload.reuse_tree=false")
 
 
-def _search_settings(config: MiniGoConfig, simulations: int) -> SearchSettings:
+def search_settings(config: MiniGoConfig, simulations: int) -> SearchSettings:
     return SearchSettings(
         simulations=simulations,
         method=config.method,  # pyright: ignore[reportArgumentType]  # one of its choices
