@@ -3,24 +3,37 @@
     python -m timetrial_minigo.gtp RUN_FOLDER [simulations=N]
 
 speaks GTP 2 (Farnebäck, "Specification of the Go Text Protocol, version 2, draft 2", 2002) on stdin and stdout, for the
-network in the newest checkpoint of that run folder.
+network in the newest checkpoint of that run folder. It searches as the run's own configuration has it, with N
+simulations for each move (as many as in self-play, where N is not given); `simulations=0` plays the network's first
+choice. It runs on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import torch
 
 from core import __version__
+from core.config import checked, validate
+from core.errors import exit_status
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go
 from timetrial_minigo.notation import parse_vertex, vertex
 from timetrial_minigo.opponent import Choose
 from timetrial_minigo.sgf import board_lines, score_text
+from timetrial_minigo.trained import load, split_arguments
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Of the command line."""
+
+    simulations: int | None = checked(at_least=0)
 
 
 class GtpError(Exception):
@@ -162,3 +175,23 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError("komi not a float")
     return value
+
+
+def main() -> int:
+    """The command. Returns the exit status."""
+    return exit_status(_main)
+
+
+def _main() -> int:
+    folder, given = split_arguments(sys.argv[1:], "python -m timetrial_minigo.gtp RUN_FOLDER [simulations=N]")
+    settings = validate(Settings, {"simulations": None, **given}, "")
+    trained = load(folder)
+    simulations = trained.config.simulations if settings.simulations is None else settings.simulations
+    serve(
+        Session(Go(trained.rules), trained.chooser(simulations), trained.history, trained.name), sys.stdin, sys.stdout
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
