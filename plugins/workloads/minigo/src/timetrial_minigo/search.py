@@ -17,7 +17,7 @@ from torch import Tensor
 from timetrial_minigo.features import inverse_symmetries, planes, symmetries
 from timetrial_minigo.go import Boards, Go
 from timetrial_minigo.selection import FORBIDDEN, Gumbel, Puct, considered_visits
-from timetrial_minigo.tree import PENDING, Descent, Tree, rows_of
+from timetrial_minigo.tree import OPEN, PENDING, Descent, Tree, rows_of
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`planes [N, C, S, S] -> (logits [N, A], value [N])`; the value lies in [-1, 1] and is that of the player to move."""
@@ -79,7 +79,7 @@ class Search:
     """The trees of up to `games` games.
 
     On CUDA nothing waits for the device but: one comparison for each level of a descent, one question for each descent
-    whether a game has ended in it, and, with `reuse`, two for each move.
+    whether a game has ended in it, and a few questions for each move.
     """
 
     def __init__(self, go: Go, settings: SearchSettings, evaluate: Evaluate, games: int, history: int) -> None:
@@ -157,10 +157,11 @@ class Search:
         """
         simulations = self.settings.simulations if simulations is None else simulations
         games = self.tree.roots() if games is None else games
-        waiting = self.tree.state.take(games) == PENDING
-        waiting, known = waiting.nonzero().squeeze(1), (~waiting).nonzero().squeeze(1)
-        first = 0 if len(known) else 1  # the first simulation in need of a node
+        state = self.tree.state.take(games)
+        waiting, known = (state == PENDING).nonzero().squeeze(1), (state != PENDING).nonzero().squeeze(1)
+        first = 0 if (state == OPEN).any() else 1  # the first simulation in need of a node
         slot = self._take_slots(games, simulations - first)
+        seen = self.seen.index_select(0, games)
         noisy = noise is not None and self.settings.method == "puct"
         if noisy and len(known):
             self._mix(games[known], noise[known])
@@ -173,12 +174,13 @@ class Search:
             self._gumbel.index_copy_(0, games, torch.zeros_like(self._gumbel[games]) if noise is None else noise)
             plan = self._plan(games, simulations - 1)
         elif len(known):
-            self._simulate(games[known], slot, 1, None if symmetry is None else symmetry[:1, known])
+            self._simulate(games[known], seen[known], slot, 1, None if symmetry is None else symmetry[:1, known])
         for at in range(1, simulations, self.settings.leaves):
             until = min(at + self.settings.leaves, simulations)
             if plan is not None:
                 self.tree.point(games, self.gumbel.choose_root(games, self._gumbel[games], plan[at - 1]))
-            self._simulate(games, slot + at - first, until - at, None if symmetry is None else symmetry[at:until])
+            seen_as = None if symmetry is None else symmetry[at:until]
+            self._simulate(games, seen, slot + at - first, until - at, seen_as)
 
     def _take_slots(self, games_K: Tensor, count: int) -> int:
         """The first of so many slots that are free in all of the games."""
@@ -212,13 +214,12 @@ class Search:
         self.tree.credit(roots_K, 1, value, None)
         self.tree.refresh(roots_K)
 
-    def _simulate(self, games_K: Tensor, slot: int, leaves: int, symmetry_JK: Tensor | None) -> None:
+    def _simulate(self, games_K: Tensor, seen_KL: Tensor, slot: int, leaves: int, symmetry_JK: Tensor | None) -> None:
         """One descent, or `leaves` of them kept apart by virtual losses, in each of the games; one evaluation."""
         tree = self.tree
-        seen = self.seen if len(games_K) == self.games else self.seen.index_select(0, games_K)
         descents = list[Descent]()
         for j in range(leaves):
-            descent = tree.descend(games_K, slot + j, seen)
+            descent = tree.descend(games_K, slot + j, seen_KL)
             descents.append(descent)
             if leaves > 1:  # the end of a game counts at once, other leaves are claimed
                 over = descent.over_K.float()
