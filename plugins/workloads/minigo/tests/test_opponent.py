@@ -136,6 +136,15 @@ def test_the_bot_plays_another_move_where_open_spiel_would_end_a_repetition_as_a
     assert state.returns() == [0.0, 0.0]
 
 
+def test_open_spiel_is_refused_with_fewer_simulations_than_it_needs() -> None:
+    with pytest.raises(UsageError, match="2 simulations or more"):
+        OpenSpiel(1)
+
+
+def test_the_weakest_bot_plays_whole_games() -> None:
+    assert all(replay(game) == game.score for game in match(OpenSpiel(2), range(40)))
+
+
 def test_open_spiel_is_refused_where_suicide_is_allowed() -> None:
     with pytest.raises(UsageError, match="suicide"):
         OpenSpiel(5).player(Rules(5, 0.5, suicide=True), 60, 1)

@@ -204,7 +204,10 @@ class OpenSpiel:
     """
 
     def __init__(self, simulations: int, rollouts: int = 1, uct_c: float = 2.0) -> None:
-        """`rollouts` random games evaluate a leaf; 2.0 is the exploration constant of open_spiel's own examples."""
+        """`rollouts` random games evaluate a leaf; 2.0 is the exploration constant of open_spiel's own examples.
+        UsageError below 2 simulations: the first evaluates the position, the second is the first to know its moves."""
+        if simulations < 2:
+            raise UsageError(f"open_spiel's MCTS needs 2 simulations or more for each move, not {simulations}")
         self.simulations, self.rollouts, self.uct_c = simulations, rollouts, uct_c
         self.name = f"open_spiel MCTS, {simulations} simulations of {rollouts} random rollout{'s'[: rollouts != 1]}"
 

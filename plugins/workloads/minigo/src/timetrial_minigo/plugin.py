@@ -101,7 +101,7 @@ class MiniGoConfig:
     """As `selfplay_opening`, for evaluation; each opening is played twice, with colours swapped."""
     eval_simulations: int = checked(at_least=0)
     """Of our side, and of a checkpoint; 0: the network's first choice is played, without search."""
-    opponent_simulations: int = checked(at_least=1)
+    opponent_simulations: int = checked(at_least=2)
     opponent_rollouts: int = checked(at_least=1)
     """opponent=open_spiel: simulations for each move, and random games that evaluate a leaf."""
     uct_c: float = checked(above=0)
