@@ -188,7 +188,7 @@ def _rebuilt(tensors: Mapping[str, Tensor], file: Path) -> PolicyValueNet:
         )
         model = PolicyValueNet(sizes, batch_norm(False, torch.device("cpu")))
         model.load_state_dict(dict(tensors))
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         what = str(error).splitlines()[0]
         raise UsageError(
             f"{file} holds no network of timetrial-minigo: {what}; give the folder of a minigo run"
