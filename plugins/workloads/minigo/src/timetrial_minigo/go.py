@@ -75,7 +75,7 @@ class _Touched(NamedTuple):
     """What stones on the board a move on each of K boards acts on."""
 
     chain: Tensor
-    """[K, 4]: labels of the neighbours."""
+    """[K, 4] int64: labels of the neighbours."""
     role: Tensor
     """[K, 4] uint8: SIDES, OURS or GONE; 0 for no stone."""
     stone: Tensor
@@ -154,31 +154,28 @@ class Go:
         running = passes < 2
         placed = (move_N < self.points) & running
         mover, point = to_play * placed, move_N * placed  # nobody and some point where no stone is placed
-        row = torch.arange(len(mover), device=self.device)
+        row, at = torch.arange(len(mover), device=self.device), point[:, None]
         touched = self._touch(boards, row, point, mover)
 
-        part = self._marked(chain, touched.chain, touched.role)
-        part.scatter_(1, point[:, None], touched.stone[:, None])  # 0 on 0 where no stone is placed
+        part = self._marked(chain.long(), touched)
+        part.scatter_(1, at, touched.stone[:, None])  # 0 on 0 where no stone is placed
         ours, gone = part.view(torch.int8) << 1 >> 7, part.view(torch.int8) >> 7  # bytes: all bits or none
-        stones = stones.scatter_add(1, point[:, None], mover[:, None]) & ~gone
-        label = point.to(self._label)[:, None]
-        labels = chain ^ ((chain ^ label) & ours.to(self._label)) | (gone.to(self._label) & self._no_chain)
+        stones = stones.scatter_add(1, at, mover[:, None]) & ~gone
+        joined = chain ^ ((chain ^ at.to(self._label)) & ours.to(self._label))
         beside = self._spread(part)
         others = atari & part.logical_not()
         decided = (part & self._single(beside, stones)).bool()
 
         rows = touched.takes.nonzero()[:, 0] if self.selects else row
-        gained = self._chains_beside(
-            *(field.index_select(0, rows) for field in (beside.view(torch.int8) >> 7, others, chain))
-        )
+        gained = self._chains_beside(*(field.index_select(0, rows) for field in (beside, others, chain)))
         others = others.index_copy(0, rows, others.index_select(0, rows) & ~gained)
         removed = self._keys_gone(gone.index_select(0, rows), touched.winner.index_select(0, rows))
         return Boards(
             stones,
-            to_play * (1 - 2 * running.to(torch.int8)),
+            torch.where(running, -to_play, to_play),
             (passes + running) * ~placed,
             (hash + self._key(point, mover) * placed).index_add_(0, rows, removed, alpha=-1),
-            labels,
+            joined | (gone.to(self._label) & self._no_chain),
             others | decided,
             lost | (gone.view(torch.uint8) & self._bit(-touched.winner)[:, None]),
         )
@@ -205,7 +202,8 @@ class Go:
             if self.rules.suicide:  # leaves no stone behind
                 may_repeat |= beside == 0b10
             move = (legal & may_repeat).view(-1).nonzero()[:, 0]
-            legal.view(-1).index_fill_(0, move.index_select(0, self._repeating(boards, move, seen)), False)
+            if len(move):
+                legal.view(-1).index_fill_(0, self._repeating(boards, move, seen), False)
         elif seen:
             legal &= ~self._all_repeating(boards, seen)
         return torch.cat([legal, torch.ones_like(legal[:, :1])], 1)
@@ -238,11 +236,7 @@ class Go:
     def _touch(self, boards: Boards, row: Tensor, point: Tensor, mover: Tensor) -> _Touched:
         """What the moves at `point` on the boards `row` act on; all [K], `mover` int8 is 0 where nothing is played."""
         near = self._near.index_select(0, point) + (row * self.points)[:, None]
-        stones, atari, chain = (
-            field.reshape(-1).index_select(0, near.view(-1)).view(near.shape)
-            for field in (boards.stones, boards.atari, boards.chain)
-        )
-        side = stones * mover[:, None]
+        side, atari = boards.stones.take(near) * mover[:, None], boards.atari.take(near)
         ours, theirs = side > 0, side < 0
         taken, stone, winner = theirs & atari, (mover != 0) * OURS, mover
         takes = taken.any(1)
@@ -252,15 +246,15 @@ class Go:
             taken, stone = taken | (ours & suicide[:, None]), torch.where(suicide, GONE, stone)
             takes, winner = takes | suicide, torch.where(suicide, -mover, mover)
         role = torch.where(taken, GONE, torch.where(ours, OURS, theirs * self._sides)).to(torch.uint8)
-        return _Touched(chain, role, stone.to(torch.uint8), takes, winner)
+        return _Touched(boards.chain.take(near).long(), role, stone.to(torch.uint8), takes, winner)
 
-    def _marked(self, chain: Tensor, label: Tensor, role: Tensor) -> Tensor:
-        """uint8 [K, P]: on the chains with one of the labels [K, 4] its role [K, 4], elsewhere 0."""
-        part = torch.zeros(chain.shape, dtype=torch.uint8, device=self.device)
-        for d in range(len(SIDES)):
-            differs = (chain ^ label[:, d : d + 1]).clamp_(max=1)
-            part |= differs.sub_(1).to(torch.uint8) & role[:, d : d + 1]
-        return part
+    def _marked(self, chain: Tensor, touched: _Touched) -> Tensor:
+        """uint8 [K, P]: on each chain (int64 [K, P]) its role, and 0 on those that are not touched.
+
+        A chain that is touched from two sides gets one of their bits, no matter which.
+        """
+        role = torch.zeros(len(chain), self._no_chain + 1, dtype=torch.uint8, device=self.device)
+        return role.scatter_(1, touched.chain, touched.role).gather(1, chain)
 
     def _spread(self, plane: Tensor) -> Tensor:
         """uint8 [K, P]: for each point, the bits that its neighbours have in `plane`."""
@@ -269,9 +263,9 @@ class Go:
         for step, leaving in zip(self._steps, self._leaving, strict=True):
             moving = (plane & leaving).reshape(-1)
             if step > 0:
-                flat[step:] |= moving[:-step]
+                flat[step:].bitwise_or_(moving[:-step])
             else:
-                flat[:step] |= moving[-step:]
+                flat[:step].bitwise_or_(moving[-step:])
         return beside
 
     def _single(self, beside: Tensor, stones: Tensor) -> Tensor:
@@ -281,9 +275,9 @@ class Go:
         number = ones.sum(1, keepdim=True) >> self._fields & (2**FIELD - 1)  # [K, 5]
         return ((number == 1) * self._decided).sum(1, keepdim=True, dtype=torch.uint8)
 
-    def _chains_beside(self, near: Tensor, stones: Tensor, chain: Tensor) -> Tensor:
-        """bool [K, P]: the chains of which one of the `stones` (bool) is `near` (int8, all bits or none)."""
-        elsewhere = ~(near & stones.view(torch.int8).neg())
+    def _chains_beside(self, beside: Tensor, stones: Tensor, chain: Tensor) -> Tensor:
+        """bool [K, P]: the chains of which one of the `stones` (bool) has GONE in `beside`."""
+        elsewhere = ((beside.view(torch.int8) >> 7) & stones) - 1  # all bits or none
         marked = torch.zeros(len(chain), self._no_chain + 1, dtype=torch.bool, device=self.device)
         marked.scatter_(1, (chain | (elsewhere.to(self._label) & self._no_chain)).long(), True)
         return marked.gather(1, chain.long())
@@ -307,20 +301,31 @@ class Go:
         return (self._keys.index_select(0, (winner < 0).long()) & gone).sum(1)
 
     def _repeating(self, boards: Boards, move: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
-        """int64: which of the moves [K], as indices into all [N * P] of them, bring back a position that is `seen`."""
+        """Those of the moves (int64 [K], indices into all N * P) that bring back a position that is `seen`."""
         row = move // self.points
         point = move - row * self.points
         mover = boards.to_play.index_select(0, row)
         touched = self._touch(boards, row, point, mover)
+        new = boards.hash.index_select(0, row) + self._key(point, mover) * (touched.stone != GONE)
+
         takes = touched.takes.nonzero()[:, 0]
-        chain = boards.chain.index_select(0, row.index_select(0, takes))
-        taken = touched.role.index_select(0, takes) & GONE
-        gone = self._marked(chain, touched.chain.index_select(0, takes), taken).view(torch.int8) >> 7
-        removed = self._keys_gone(gone, touched.winner.index_select(0, takes))
-        stays = touched.stone != GONE
-        new = boards.hash.index_select(0, row) + self._key(point, mover) * stays
-        new.index_add_(0, takes, removed, alpha=-1)
-        return torch.cat([(old.index_select(0, row) == new[:, None]).nonzero()[:, 0] for old in seen])
+        taking = _Touched(*(field.index_select(0, takes) for field in touched))
+        chain = boards.chain.index_select(0, row.index_select(0, takes)).long()
+        gone = self._marked(chain, taking).view(torch.int8) >> 7
+        new.index_add_(0, takes, self._keys_gone(gone, taking.winner), alpha=-1)
+        return torch.cat([move.index_select(0, self._found(new, row, old)) for old in seen])
+
+    def _found(self, new: Tensor, row: Tensor, old: Tensor) -> Tensor:
+        """Which of the hashes `new` [K] are among those in their `row` of `old` [N, L]."""
+        if len(new) <= len(old):
+            return (old.index_select(0, row) == new[:, None]).nonzero()[:, 0]
+        # First in a table of what some bits of `old` are, a quarter full or less.
+        bits = 2 ** (4 * old.shape[1] - 1).bit_length() - 1
+        table = torch.zeros(len(old), bits + 1, dtype=torch.bool, device=self.device)
+        table.scatter_(1, old >> COUNT.bit_length() & bits, True)
+        maybe = table.view(-1).index_select(0, row * (bits + 1) + (new >> COUNT.bit_length() & bits)).nonzero()[:, 0]
+        new, row = new.index_select(0, maybe), row.index_select(0, maybe)
+        return maybe.index_select(0, (old.index_select(0, row) == new[:, None]).nonzero()[:, 0])
 
     def _all_repeating(self, boards: Boards, seen: tuple[Tensor, ...]) -> Tensor:
         """bool [N, P]: the moves that bring back a position that is `seen`; all at once, and the host need not wait."""
