@@ -83,7 +83,7 @@ class Search:
     """
 
     def __init__(self, go: Go, settings: SearchSettings, evaluate: Evaluate, games: int, history: int) -> None:
-        self.go, self.settings, self.evaluate, self.history_length = go, settings, evaluate, history
+        self.go, self.settings, self.evaluate = go, settings, evaluate
         rows = rows_of(games, settings.room, history) + 1
         if settings.method == "puct":
             base, init, penalty = settings.c_puct_base, settings.c_puct_init, settings.value_init_penalty

@@ -2,9 +2,9 @@
 
 A tree's nodes are slots, the root is slot 0; behind the nodes come H - 1 slots for the positions before the root, and
 one for what is thrown away. Node (slot, game) is row `slot * G + game` of every tensor, so that one step's new nodes,
-one for each game, lie in one stretch. The choice among a node's moves is made when the node's statistics change, not when
-it is passed: `next` then points to the child that a descent would go to, or to the node itself where a descent would
-end, and a descent of all games is one small gather for each level.
+one for each game, lie in one stretch. The choice among a node's moves is made when the node's statistics change, not
+when it is passed: `next` then points to the child that a descent would go to, or to the node itself where a descent
+would end, and a descent of all games is one small gather for each level.
 
 Letters: G games, K games at hand, F nodes at hand, M nodes of a tree, H positions of history, L length of a list of
 earlier positions, D depth, P points, A moves.
@@ -87,7 +87,7 @@ class Tree:
         """Trees of one node each, as many as there are boards."""
         self.games = len(boards.to_play)
         assert self.games <= self.capacity, "more games than the trees have room for"
-        self._place(self.roots(), boards)
+        self._place(self.roots(), boards, torch.ones_like(boards.passes, dtype=torch.bool))
         self._surround(history_NHP)
 
     @property
@@ -120,11 +120,11 @@ class Tree:
             below = rows
         self.parent.index_copy_(0, below, below)
 
-    def _place(self, rows_F: Tensor, boards: Boards) -> Tensor:
-        """New nodes without children, their edges aside; which of them are over."""
+    def _place(self, rows_F: Tensor, boards: Boards, real_F: Tensor) -> Tensor:
+        """New nodes without children, their edges aside; which of them are over (of those that are `real`)."""
         for field, values in zip(self.boards, boards, strict=True):
             field.index_copy_(0, rows_F, values)
-        over = self.go.ended(boards)
+        over = self.go.ended(boards) & real_F
         self.state.index_copy_(0, rows_F, over.to(torch.int8) + PENDING)
         self.next.index_copy_(0, rows_F, rows_F)
         self.child.index_copy_(0, rows_F, rows_F[:, None].int().expand(-1, self.go.moves))
@@ -147,9 +147,10 @@ class Tree:
         own = slot * self.games + games_K
         grown = self.state.take(last) == OPEN
         which, parents, rows = self._narrow(grown, games_K, last, own)
-        action = self.best.take(parents)
+        real = grown.index_select(0, which)
+        action = torch.where(real, self.best.take(parents), self.go.points)  # what is thrown away passes
         boards = self.go.play(self.select(parents), action)
-        over = self._place(rows, boards)
+        over = self._place(rows, boards, real)
         edge = parents * self.width + action
         prior, first = self.rule.enter(edge)
         self.prior.index_copy_(0, rows, prior)
@@ -277,7 +278,7 @@ class Tree:
         self.next[rows] = self.child.view(-1)[rows * self.go.moves + self.best[rows]].long()
         anew = (left == 0).nonzero().squeeze(1)
         if len(anew):
-            self._place(anew, Boards(*(f[anew] for f in boards)))
+            self._place(anew, Boards(*(f[anew] for f in boards)), torch.ones_like(anew, dtype=torch.bool))
         self._surround(history_KHP)
         return now
 
