@@ -33,6 +33,7 @@ class AsyncSelfplay(Plugin):
         interface=1,
         summary="self-play of the next generation in a process of its own while training goes on",
         numerics="changes",
+        conflicts={"fsdp": "ranks that share a sharded model must call it together, and their games end apart"},
         components=frozenset({"minigo.generation"}),
     )
     Config = AsyncSelfplayConfig

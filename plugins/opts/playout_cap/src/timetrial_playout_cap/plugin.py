@@ -37,6 +37,7 @@ class PlayoutCap(Plugin):
         interface=1,
         summary="few simulations for most moves of self-play, many for those that are learnt from",
         numerics="changes",
+        conflicts={"fsdp": "ranks that share a sharded model must call it together, and their games end apart"},
         components=frozenset({"minigo.playouts"}),
     )
     Config = PlayoutCapConfig
