@@ -145,7 +145,7 @@ class Game:
 
 
 symmetries = st.fixed_dictionaries({"symmetry": st.integers(0, 7), "swapped": st.booleans()})
-few = settings(max_examples=12, deadline=None)  # of 16 symmetries; sizes and places come on top
+few = settings(max_examples=8, deadline=None)  # of 16 symmetries; sizes and places come on top
 
 
 @st.composite
@@ -343,8 +343,10 @@ def test_looking_everywhere_gives_the_same_as_looking_where_it_is_needed(size: i
     here, everywhere = ENGINES[size, suicide], Go(Rules(size, 0.5, suicide))
     everywhere.selects = False  # as on a GPU
     for boards, seen, move in random_games(here, 16, min(3 * size**2, 120), seed=2):
-        assert torch.equal(here.legal(boards), everywhere.legal(boards))
-        assert torch.equal(here.legal(boards, seen), everywhere.legal(boards, seen[:, ::2], seen[:, 1::2]))
+        for nothing in ((), (seen[:, :0],), (torch.full_like(seen, here.NO_POSITION),)):
+            assert torch.equal(here.legal(boards, *nothing), everywhere.legal(boards, *nothing))
+        legal = everywhere.legal(boards, seen[:, ::2], seen[:, 1::2])
+        assert torch.equal(here.legal(boards, seen), legal)
         for left, right in zip(here.play(boards, move), everywhere.play(boards, move), strict=True):
             assert left.dtype == right.dtype and torch.equal(left, right)
     assert torch.equal(here.owner(boards), everywhere.owner(boards))

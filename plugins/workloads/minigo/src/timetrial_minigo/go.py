@@ -341,7 +341,8 @@ class Go:
         for d in range(len(SIDES)):
             twice = (taken[:, :, :d] == taken[:, :, d : d + 1]).any(2)
             new -= torch.where(twice, 0, keys.gather(1, taken[:, :, d]))
-        old = torch.cat(seen, 1).sort(1).values
+        nothing = torch.full_like(new[:, :1], self.NO_POSITION)  # so that there is something to look in
+        old = torch.cat([nothing, *seen], 1).sort(1).values
         place = torch.searchsorted(old, new).clamp(max=old.shape[1] - 1)
         return old.gather(1, place) == new
 
