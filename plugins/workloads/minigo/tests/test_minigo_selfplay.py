@@ -165,6 +165,23 @@ def test_each_move_gets_the_simulations_it_is_given_and_is_recorded_as_told() ->
     assert evaluated == GAMES * 4 * (5 + 2) // 2
 
 
+def test_soft_moves_are_drawn_by_their_visits_and_later_ones_are_the_best() -> None:
+    def flat(planes: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(planes), SIZE**2 + 1), torch.zeros(len(planes))
+
+    quiet = SearchSettings(simulations=40, noise_fraction=0.0, value_init_penalty=0.0)
+    examples = play(replace(PLAIN, soft_moves=1, move_limit=3), evaluate=flat, search=quiet, simulations=40)
+    second = torch.stack([stones[1] for _, stones in games(examples)])
+    share = second.abs().sum(0) / GAMES
+    expected = examples.policy[0, : SIZE**2].float()
+    assert expected.max() < 0.2 and ((share - expected).abs() < 4 * (0.2 * 0.8 / GAMES) ** 0.5).all()  # standard errors
+    assert (share > 0).sum() > SIZE**2 / 2
+    hard = play(replace(PLAIN, soft_moves=0, move_limit=3), evaluate=flat, search=quiet, simulations=40)
+    assert len({tuple(stones[-1].tolist()) for _, stones in games(hard)}) == 1
+    unsearched = play(replace(PLAIN, soft_moves=3, move_limit=3), search=quiet, simulations=1)
+    assert {tuple(stones[1].tolist()) for _, stones in games(unsearched)} == {(BLACK, *[0] * (SIZE**2 - 1))}
+
+
 def test_symmetries_drawn_at_random_change_nothing_for_an_evaluator_that_knows_none_but_all_for_one_that_does() -> None:
     def alike(planes: Tensor) -> tuple[Tensor, Tensor]:
         logits, value = by_stones(planes)

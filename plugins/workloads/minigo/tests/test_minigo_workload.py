@@ -44,6 +44,7 @@ def checker(log: Path) -> subprocess.CompletedProcess[str]:
         (("epoch_examples=100",), "epoch_examples=100 is no multiple of the batch: try 128"),
         (("learning_rates=[0.1,0.01]",), "one positive rate more than there are steps"),
         (("learning_rates=[0.1,0.01,0.001]", "learning_rate_steps=[20,10]"), "the steps in order"),
+        (("size=2", "selfplay_opening=3"), "more than 2 random stones do not fit on 2x2"),
         (("suicide=true",), "open_spiel forbids suicide"),
         (("method=gumbel", "soft_moves=4"), "method=gumbel draws its moves itself"),
     ],

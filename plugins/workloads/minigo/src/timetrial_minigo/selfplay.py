@@ -101,7 +101,7 @@ class _Round:
     their place among the round's games; the search's games are these, in this order."""
 
     def __init__(self, play: SelfPlay, generation: int, games: int, numbers: range) -> None:
-        self.by, self.generation, self.numbers = play, generation, numbers
+        self.by, self.generation, self.games, self.numbers = play, generation, games, numbers
         settings, go, count = play.settings, play.go, len(numbers)
         # One draw for each: length of the opening, holding out, resigning.
         fate = play.uniform("game", generation, 0, numbers, 3)
@@ -110,8 +110,6 @@ class _Round:
         self.may_resign = fate[:, 2] >= settings.disable_resign_share
         self.going = torch.arange(count, device=go.device)
         self.outcome = torch.zeros(count, dtype=torch.int8, device=go.device)
-        self._mine = slice(numbers.start, numbers.stop)
-        self._which = lambda ply: (generation, ply, games)
         self.stones: list[Tensor] = []  # by ply: [K, P], of the games then going on, as are the next two
         self.learn: list[Tensor] = []
         self.policy: list[Tensor] = []
@@ -137,15 +135,13 @@ class _Round:
     def _move(self, ply: int, playouts: Playouts) -> tuple[Tensor, Tensor]:
         """What each game plays, [K] int64, and in which of them the player resigns instead, [K] bool."""
         go, search, settings = self.by.go, self.by.search, self.by.settings
-        simulations, recorded = (t.to(go.device)[self._mine][self.going] for t in playouts(*self._which(ply)))
+        mine = slice(self.numbers.start, self.numbers.stop)
+        given = playouts(self.generation, ply, self.games)
+        simulations, recorded = (tensor[mine].to(go.device)[self.going] for tensor in given)
         thinking = self.opening[self.going] <= ply
         self._search(ply, torch.where(thinking, simulations, 0), recorded)
         resigned = self.may_resign[self.going] & thinking & (search.value < settings.resign_threshold)
-        move = search.best
-        if ply < settings.soft_moves:
-            weight = search.visits.double() ** settings.soft_exponent
-            point = self._uniform("move", ply, 1) * weight.sum(1, keepdim=True)
-            move = torch.searchsorted(weight.cumsum(1), point, right=True).squeeze(1).clamp(max=go.points)
+        move = search.best if ply >= settings.soft_moves else self._soft(ply, search.best, search.visits)
         if ply < settings.opening:
             priority = self._uniform("opening", ply, go.moves) * go.legal(search.boards, search.seen)
             move = torch.where(thinking, move, priority[:, : go.points].argmax(1))
@@ -155,6 +151,15 @@ class _Round:
         self.policy.append(search.policy.half())
         self.played.append(self.going)
         return torch.where(resigned, go.points, move), resigned
+
+    def _soft(self, ply: int, best_K: Tensor, visits_KA: Tensor) -> Tensor:
+        """[K] int64: moves drawn by their visits; the best where there are none. On the host: a device has no sum along
+        a row that is the same in each run."""
+        weight = visits_KA.cpu().double() ** self.by.settings.soft_exponent
+        reached = weight.cumsum(1)
+        point = self._uniform("move", ply, 1).cpu() * reached[:, -1:]
+        move = torch.searchsorted(reached, point, right=True).squeeze(1).clamp(max=self.by.go.points)
+        return torch.where(reached[:, -1].to(best_K.device) > 0, move.to(best_K.device), best_K)
 
     def _search(self, ply: int, simulations_K: Tensor, recorded_K: Tensor) -> None:
         """As many simulations as each game is given; in most runs they are the same for all."""

@@ -263,6 +263,10 @@ def _refuse_contradictions(config: MiniGoConfig) -> None:
     if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
         what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
         raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
+    if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
+        raise UsageError(
+            f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"
+        )
     if config.suicide and config.opponent == "open_spiel":
         raise UsageError("open_spiel forbids suicide: set workload.suicide=false, or workload.opponent=checkpoint")
     if config.method == "gumbel" and (config.soft_moves or config.virtual_losses > 1 or config.reuse_tree):
