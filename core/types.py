@@ -306,6 +306,9 @@ class RunContext:
     distributed_model: nn.Module = field(init=False)
     """What `distribute` made of it: the module that training calls."""
     optimizer: torch.optim.Optimizer = field(init=False)
+    infer: Forward = field(init=False)
+    """Inference as the opts made it, for batches that the model itself has a hand in, as in self-play. Call it with the
+    model in evaluation mode and without gradient."""
     feed: Callable[[Iterable[Any]], Iterator[Any]] = field(init=False)
     """Moves pytrees of tensors (a `Batch` is one), one after the other, to the device."""
     component: Callable[[str, Any], Any] = field(init=False)

@@ -27,7 +27,7 @@ from core.loop import train
 from core.record import Record, describe_system, update_result, write_json
 from core.resolve import RunPlan, plugin_manager
 from core.testing import faults
-from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, Quality, RunContext, Step, StepParts
+from core.types import Batch, Evidence, OptSpec, Outputs, Plugin, Quality, RunContext, Step, StepParts
 from core.watch import Signals, Watch
 
 
@@ -137,10 +137,10 @@ class _Rank:
             ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
         ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
         forward_backward, step = _build_step(ctx, hooks)
-        infer, evaluate = _build_evaluation(ctx, hooks, prepared)
+        evaluate = _build_evaluation(ctx, hooks, prepared)
         _refuse_unused(self.plan, offered)
         if ctx.config.warmup_steps:
-            _warm_up(ctx, hooks, forward_backward, infer)
+            _warm_up(ctx, hooks, forward_backward)
         self.warm_evidence = hooks.verify(ctx=ctx)
         self.watch = Watch(ctx, self.record, hooks, self.signals, self._save)
 
@@ -277,17 +277,17 @@ def _build_step(ctx: RunContext, hooks: Any) -> tuple[Step, Step]:
     return parts.forward_backward, hooks.wrap_step(ctx=ctx, step=step, purpose="train")
 
 
-def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> tuple[Forward, Callable[[], Quality]]:
-    """The inference function and the evaluation, as the opts made them."""
+def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> Callable[[], Quality]:
+    """The evaluation, as the opts made it; `ctx.infer` is filled in on the way."""
     infer_function = ctx.component("infer", ctx.workload.infer)
 
     def infer(data: Any) -> Any:
         return infer_function(prepared, data)
 
-    wrapped_infer = hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
+    ctx.infer = hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
     innermost = ctx.component("evaluate", ctx.workload.evaluate)
     wrapped_evaluate = hooks.wrap_evaluate(ctx=ctx, evaluate=innermost)
-    return wrapped_infer, lambda: _without_gradient(ctx, wrapped_evaluate, wrapped_infer)
+    return lambda: _without_gradient(ctx, wrapped_evaluate, ctx.infer)
 
 
 def evaluator(plan: RunPlan, ctx: RunContext) -> Callable[[], Quality]:
@@ -295,10 +295,10 @@ def evaluator(plan: RunPlan, ctx: RunContext) -> Callable[[], Quality]:
     does but for distribution and optimizer; what it evaluates are `ctx.model` and `ctx.workload`."""
     hooks = plugin_manager(plan.plugins, plan.config, [Baseline()]).hook
     prepared, _ = _build_model(ctx, hooks)
-    return _build_evaluation(ctx, hooks, prepared)[1]
+    return _build_evaluation(ctx, hooks, prepared)
 
 
-def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward) -> None:
+def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step) -> None:
     """Runs the parts of a step on synthetic data before the clock, as the rules allow, and leaves no trace of it."""
     before = {name: tensor.clone() for name, tensor in ctx.model.state_dict().items()}
     generators = checkpoint.generator_states(ctx.device)
@@ -307,7 +307,7 @@ def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step, infer: Forward
     for _ in range(ctx.config.warmup_steps):
         forward_backward(batch)
         ctx.optimizer.zero_grad()
-    _without_gradient(ctx, infer, batch.data)
+    _without_gradient(ctx, ctx.infer, batch.data)
     ctx.model.load_state_dict(before)
     checkpoint.set_generator_states(ctx.device, generators)
     ctx.backend.synchronize()

@@ -1,0 +1,1 @@
+"""The opt `async_selfplay`; see README.md."""

@@ -1,0 +1,1 @@
+"""The opt `playout_cap`; see README.md."""

@@ -1,0 +1,86 @@
+"""The opt `playout_cap`: few simulations for most moves of self-play, many for those that are learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from core.config import checked
+from core.hookspecs import hookimpl
+from core.types import Evidence, OptSpec, Plugin, RunContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Playouts = Callable[[int, int, int], tuple[Tensor, Tensor]]
+    """`(generation, ply, games) -> (simulations int64 [games], recorded bool [games])`, as the workload has it."""
+
+LEAST = 2
+"""Simulations: the first one evaluates the position itself, so that fewer would try no move."""
+
+
+@dataclass(kw_only=True)
+class PlayoutCapConfig:
+    """Settings of `opt.playout_cap`."""
+
+    full_share: float = checked(above=0, at_most=1)
+    """Share of the moves that get a full search, whose positions are learnt from."""
+    small: float = checked(above=0, at_most=1)
+    """Simulations of the other moves, as a share of the full number; at least 2."""
+
+
+class PlayoutCap(Plugin):
+    """Draws for each move of self-play whether it gets a full search; the others are played fast and not recorded."""
+
+    spec = OptSpec(
+        interface=1,
+        summary="few simulations for most moves of self-play, many for those that are learnt from",
+        numerics="changes",
+        conflicts={"fsdp": "ranks that share a sharded model must call it together, and their games end apart"},
+        components=frozenset({"minigo.playouts"}),
+    )
+    Config = PlayoutCapConfig
+    config: PlayoutCapConfig
+
+    _inner: Playouts | None = None
+
+    @hookimpl(wrapper=True)
+    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
+        inner = yield
+        if name != "minigo.playouts":
+            return inner
+        self._inner = inner
+
+        def playouts(generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
+            import torch
+
+            simulations, recorded = inner(generation, ply, games)
+            draw = torch.Generator().manual_seed(ctx.seed_for("playout_cap", generation, ply))
+            full = torch.rand(games, generator=draw) < self.config.full_share
+            return torch.where(full, simulations, self._small(simulations)), recorded & full
+
+        return playouts
+
+    def _small(self, simulations: Tensor) -> Tensor:
+        return (simulations * self.config.small).round().long().clamp(min=LEAST).minimum(simulations)
+
+    @hookimpl
+    def verify(self, ctx: RunContext) -> Evidence:
+        """From the workload's counts of what it has really searched: a draw for a game that is over counts nothing."""
+        assert self._inner is not None
+        simulations, _ = self._inner(1, 0, 1)
+        counts = ctx.figures.get("selfplay", {"searches": 0, "recorded": 0, "simulations": 0})
+        searches, full = counts["searches"], counts["recorded"]
+        saved = searches * int(simulations) - counts["simulations"]
+        sizes = f"{int(simulations)} and {int(self._small(simulations))} simulations"
+        share, spared = full / max(1, searches), saved / max(1, searches * int(simulations))
+        return Evidence(
+            plugin="playout_cap",
+            active=0 < full < searches,
+            summary=f"{searches} searches of {sizes}, {share:.1%} of them full; {spared:.1%} of the simulations saved",
+            figures={
+                "searches": searches, "full": full, "full_share": share, "simulations": counts["simulations"],
+                "simulations_saved": saved,
+            },
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Go by self-play: the workload `minigo`."""

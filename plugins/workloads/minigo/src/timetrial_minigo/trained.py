@@ -1,0 +1,66 @@
+"""The trained network of a run folder, as a side that chooses moves; for the command lines that play it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from core.config import validate
+from core.errors import UsageError
+from core.resolve import RunPlan
+from timetrial_minigo import gating, network
+from timetrial_minigo.go import Go, Rules
+from timetrial_minigo.opponent import Choose
+from timetrial_minigo.plugin import MiniGoConfig
+from timetrial_minigo.workload import search_settings
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of this workload has learnt, and the rules and search that it learnt with. On the CPU."""
+
+    config: MiniGoConfig
+    model: network.PolicyValueNet
+    name: str
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.config.size, self.config.komi, self.config.suicide)
+
+    @property
+    def history(self) -> int:
+        return self.config.history
+
+    def chooser(self, simulations: int, games: int = 1) -> Callable[[Go], Choose]:
+        """Makes a side for an engine, and up to `games` games at once: the best move by a search of so many
+        simulations, without noise; by 0 of them, the network's first choice."""
+        if not simulations:
+            return lambda go: gating.first_choice(go, self.model, self.history)
+        settings = search_settings(self.config, simulations)
+        return lambda go: gating.searching(go, self.model, self.history, settings, games, symmetry_seed=None)
+
+
+def load(run_dir: Path) -> Trained:
+    """From the newest checkpoint of a run folder, which is safetensors: nothing in it is executed. UsageError where
+    there is none."""
+    path = run_dir / "resolved.yaml"
+    if not path.is_file():
+        raise UsageError(f"{run_dir} is no run folder (it has no resolved.yaml): give the folder of a run of minigo")
+    plan = RunPlan.load(path)
+    if not any(plugin.target == "timetrial_minigo.plugin:MiniGo" for plugin in plan.plugins):
+        raise UsageError(f"{run_dir} is a run of workload '{plan.workload}': give the folder of a run of minigo")
+    config = validate(MiniGoConfig, plan.config["workload"], "workload")
+    return Trained(config, network.read(run_dir), f"timetrial {run_dir.resolve().name}")
+
+
+def split_arguments(arguments: list[str], usage: str) -> tuple[Path, dict[str, Any]]:
+    """The run folder and the settings KEY=VALUE of a command line. UsageError, which tells the `usage`."""
+    settings = [argument for argument in arguments if "=" in argument]
+    folders = [argument for argument in arguments if "=" not in argument and not argument.startswith("--")]
+    if len(folders) != 1 or "--help" in arguments:
+        raise UsageError(f"usage: {usage}")
+    return Path(folders[0]), cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(settings)))
