@@ -50,6 +50,14 @@ CORRECTNESS = {
     "rnnt": ("workload=rnnt", "data=synthetic"),
     # torchvision's fast kernels for the backward pass of RoIAlign add up in an order of their own on a GPU.
     "maskrcnn": ("workload=maskrcnn", "data=synthetic", "deterministic=false"),
+    # Games of its own, for the opts that act on them; not evaluated, since open_spiel may be missing.
+    "minigo": (
+        "workload=minigo",
+        "workload.games=64",
+        "workload.parallel_games=64",
+        "workload.epoch_examples=1024",
+        "workload.eval_first=99",
+    ),
 }
 """Tried in this order, until one offers what an opt replaces; workloads not listed come after them, as they are."""
 STEPS = {"cuda": 30, "cpu": 8}
@@ -72,7 +80,7 @@ THROUGHPUT: dict[str, dict[str, tuple[str, ...]]] = {
 """What fits one device, for the workloads whose own sizes do not. Others run at their own."""
 NOT_TIMED = {
     "cuda": ("resnet_fashion",),
-    "cpu": ("resnet_fashion", "resnet_mlperf", "bert_mlperf", "rnnt_mlperf", "maskrcnn_mlperf"),
+    "cpu": ("resnet_fashion", "resnet_mlperf", "bert_mlperf", "rnnt_mlperf", "maskrcnn_mlperf", "minigo_mlperf"),
 }
 """The same network as another workload, or too large for a CPU."""
 

@@ -99,7 +99,6 @@ class MiniGoWorkload:
 
     def play_share(self, generation: int) -> Examples:
         """This rank's share of the games of a generation, by the network as it is now."""
-        self._refuse_sharded()
         mine = eval_share(self.config.games, self.ctx.rank, self.ctx.world_size)
         if self._selfplay is None:
             self._selfplay = SelfPlay(
@@ -122,11 +121,6 @@ class MiniGoWorkload:
 
     def _evaluator(self, infer: Forward) -> Evaluate:
         return lambda planes: infer({"planes": planes})
-
-    def _refuse_sharded(self) -> None:
-        if self.ctx.world_size > 1 and any(hasattr(p, "full_tensor") for p in self.ctx.model.parameters()):
-            what = "ranks that share a sharded model must call it together, and in self-play each goes at its own pace"
-            raise UsageError(f"{what}: leave opt 'fsdp' out")
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -153,6 +147,9 @@ class MiniGoWorkload:
 
     def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.config
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            why = "ranks that share a sharded model must call it together, and in games each goes at its own pace"
+            raise UsageError(f"opt 'fsdp' does not apply to workload 'minigo': {why}; leave it out")
         groups = network.parameter_groups(model, config.weight_decay)
         return torch.optim.SGD(groups, lr=config.learning_rates[0], momentum=config.momentum)
 
