@@ -87,6 +87,14 @@ def test_two_ranks_share_a_batch(make: MakeWorkload) -> None:
         assert torch.equal(torch.cat([first, second]), batch.data["planes"])
 
 
+def test_several_ranks_do_not_play_with_a_sharded_model(make: MakeWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = make("minigo", *TINY, rank=1, world=2)
+    (first, *_) = workload.ctx.model.parameters()
+    monkeypatch.setattr(first, "full_tensor", lambda: first, raising=False)
+    with pytest.raises(UsageError, match="leave opt 'fsdp' out"):
+        workload.play_share(1)
+
+
 def test_every_batch_has_the_same_shapes_as_the_synthetic_one(make: MakeWorkload) -> None:
     workload = make("minigo", *TINY)
     shapes = [
@@ -215,6 +223,7 @@ def test_the_closed_option_has_the_values_of_the_rules(make: MakeWorkload) -> No
 
 
 @pytest.mark.convergence
+@pytest.mark.timeout(800)
 def test_the_target_is_reached_and_the_log_passes_the_official_checker(tmp_path: Path) -> None:
     done = run_cli("workload=minigo", run_dir=tmp_path / "run").expect(0)
     assert done.result["quality"][METRIC] >= done.result["target"][METRIC]
