@@ -80,9 +80,10 @@ def make_network(arguments: argparse.Namespace) -> Any:
 
     if "cuda_graphs" not in arguments.precisions[0]:
         return evaluate
-    from timetrial_cuda_graphs.cuda import CudaCapture, refusing
+    from timetrial_cuda_graphs.cuda import CudaCapture, leave_the_default_stream, refusing
     from timetrial_cuda_graphs.graphed import Graphed
 
+    leave_the_default_stream(device)
     capture = refusing(CudaCapture(), "the network", "leave out cuda_graphs")
     return Graphed(evaluate, capture, warmup=3, max_graphs=2)
 
@@ -371,7 +372,8 @@ def main() -> int:
         for precision in arguments.precisions or PRECISIONS[arguments.device]:
             figures[f"{network} {precision}"] = found = race(network, precision, arguments)
             print(row(network, precision, found), flush=True)
-    versions = {n: metadata.version(n) for n in ("torch", "open_spiel")} | {"python": platform.python_version()}
+    measured = ("torch", "open_spiel") if arguments.device == "cpu" else ("torch",)
+    versions = {name: metadata.version(name) for name in measured} | {"python": platform.python_version()}
     setting = f"{arguments.size}x{arguments.size}, {arguments.simulations} simulations, {arguments.games} games"
     print(f"\nn={arguments.rounds}, {setting}, {arguments.device}; {versions}")
     if arguments.out:

@@ -12,7 +12,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 pip=${PIP:-python3 -m pip}
 limit_mb=60
 # On the machine already; and what only real data and opponents need: `datasets`, which brings pyarrow along, and more.
-there="torch torchvision torchaudio transformers tokenizers timm numpy pluggy rich safetensors pillow datasets gensim open_spiel sgfmill"
+there="torch torchvision torchaudio transformers tokenizers timm numpy pluggy rich safetensors pillow datasets gensim open_spiel"
 # What those that are fetched import, and the machine lacks.
 needed="cffi pycparser rapidfuzz"
 

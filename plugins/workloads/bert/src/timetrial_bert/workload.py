@@ -40,7 +40,6 @@ class BertWorkload:
         every = config.eval_every_samples or closed_cadence(config.global_batch_size)
         self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
-        self.examples: Articles | Shards = self._data()
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -52,7 +51,9 @@ class BertWorkload:
     def eval_samples(self) -> int:
         return 0 if self.ctx.synthetic else self.examples.eval_samples
 
-    def _data(self) -> Articles | Shards:
+    @cached_property
+    def examples(self) -> Articles | Shards:
+        """First asked for by `check_data`: synthetic data needs none."""
         if self.config.data_set == "articles" and not self.ctx.config.data.root:
             return Articles(self.config, self.ctx)
         from timetrial_bert.shards import Shards  # imports datasets, for a second
