@@ -93,6 +93,16 @@ def test_a_batch_of_another_size_is_counted_as_a_recompilation() -> None:
     assert "size mismatch" in figures["recompilations"][0]
 
 
+@pytest.mark.parametrize(
+    ("backend", "p", "numerics"), [("inductor", 0.1, "changes"), ("inductor", 0.0, None), ("eager", 0.1, None)]
+)
+def test_generated_kernels_change_the_numbers_of_a_model_with_dropout(
+    backend: str, p: float, numerics: str | None
+) -> None:
+    plugin, _ = prepared(nn.Sequential(nn.Linear(4, 4), nn.Dropout(p)), backend=backend)
+    assert plugin.verify().numerics == numerics
+
+
 def test_what_others_compiled_before_is_not_counted() -> None:
     _, other = prepared(nn.Sequential(nn.Linear(4, 4)))
     other(torch.randn(8, 4))

@@ -125,11 +125,15 @@ class Baseline:
         return parts
 
 
-@pytest.mark.parametrize(("batch_statistics", "numerics"), [(True, "changes"), (False, None)])
-def test_evidence_counts_micro_batches_and_names_the_change(batch_statistics: bool, numerics: str | None) -> None:
-    model = nn.Linear(6, 3)
-    spec = SimpleNamespace(batch_statistics=batch_statistics)
-    ctx: Any = SimpleNamespace(figures={}, distributed_model=model, world_size=1, workload=SimpleNamespace(spec=spec))
+@pytest.mark.parametrize(
+    ("batch_statistics", "dropout", "numerics"), [(True, 0.0, "changes"), (False, 0.5, "changes"), (False, 0.0, None)]
+)
+def test_evidence_counts_micro_batches_and_names_the_change(
+    batch_statistics: bool, dropout: float, numerics: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(dropout))
+    workload = SimpleNamespace(spec=SimpleNamespace(batch_statistics=batch_statistics))
+    ctx: Any = SimpleNamespace(figures={}, model=model, distributed_model=model, world_size=1, workload=workload)
     manager, plugin = (pluggy.PluginManager(PROJECT), GradAccumulation(GradAccumulationConfig(steps=4)))
     manager.add_hookspecs(Hooks)
     manager.register(Baseline())

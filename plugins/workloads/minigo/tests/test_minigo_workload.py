@@ -91,8 +91,8 @@ def test_several_ranks_do_not_play_with_a_sharded_model(make: MakeWorkload, monk
     workload = make("minigo", *TINY, rank=1, world=2)
     (first, *_) = workload.ctx.model.parameters()
     monkeypatch.setattr(first, "full_tensor", lambda: first, raising=False)
-    with pytest.raises(UsageError, match="leave opt 'fsdp' out"):
-        workload.play_share(1)
+    with pytest.raises(UsageError, match="'fsdp' does not apply"):
+        workload.build_optimizer(workload.ctx.model)
 
 
 def test_every_batch_has_the_same_shapes_as_the_synthetic_one(make: MakeWorkload) -> None:

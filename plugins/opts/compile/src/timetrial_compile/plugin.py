@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from core.config import checked
 from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext
+from core.types import Evidence, OptSpec, Plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,7 @@ class Compile(Plugin):
 
     _before: Counts | None = None
     _prepared_at = 0.0
+    _drops = False
 
     @hookimpl(wrapper=True)
     def prepare_model(self) -> Generator[None, nn.Module, nn.Module]:
@@ -65,19 +66,17 @@ class Compile(Plugin):
                 fullgraph=self.config.fullgraph,
             )
         self._before, self._prepared_at = Counts.now(), time.time()
+        self._drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
         return model
 
     @hookimpl
-    def verify(self, ctx: RunContext) -> Evidence:
-        import torch
-
+    def verify(self) -> Evidence:
         from timetrial_compile.compiled import Counts, compile_seconds, recompilations
 
         if self._before is None:
             return Evidence(plugin="compile", active=False, summary="no model was compiled")
         counts = Counts.now().since(self._before)
         breaks, again = (sum(counts.graph_breaks.values()), recompilations(self._prepared_at))
-        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in ctx.model.modules())
         return Evidence(
             plugin="compile",
             active=counts.graphs > 0,
@@ -89,5 +88,5 @@ class Compile(Plugin):
                 "compile_s": round(compile_seconds(self._prepared_at), 3),
             },
             # Generated kernels draw dropout's masks from a generator of their own.
-            numerics="changes" if drops and self.config.backend == "inductor" else None,
+            numerics="changes" if self._drops and self.config.backend == "inductor" else None,
         )
