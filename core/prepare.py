@@ -1,13 +1,14 @@
 """`python -m core.prepare workload=NAME source=PATH out=FOLDER`: raw data into the files that a workload reads.
 
-A workload's hook `prepare` is given a `Preparation` and calls its `map`, which writes the files in parallel. What is
-finished is journalled, so that the same command continues after a kill, and a manifest of SHA-256 sums, written last,
-says that the folder is complete. The bytes are a function of source, settings and seed alone.
+A workload's hook `prepare` is given a `Preparation` and calls its `map`, which writes the files in parallel. Beside each
+finished file lies a note of it, so that the same command continues after a kill, and a manifest of SHA-256 sums, written
+last, says that the folder is complete. The bytes are a function of source, settings and seed alone.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +23,12 @@ from typing import Any
 from core.config import RunConfig, validate
 from core.discovery import discover
 from core.errors import DataError, TimetrialError, UsageError, exit_status
-from core.record import sha256, write_json
+from core.record import read_json, sha256, write_json
 from core.report import Progress
 from core.resolve import environment, plugin_manager
 from core.run import compose
 
-MANIFEST, JOURNAL = "manifest.json", ".journal.jsonl"
+MANIFEST, NOTES = "manifest.json", ".notes"
 USAGE = "usage: python -m core.prepare workload=NAME source=PATH out=FOLDER [seed=N] [data.workers=N] [workload.KEY=V]"
 
 
@@ -41,8 +42,6 @@ class Preparation:
     workers: int
     """Processes; 0 does everything in this one."""
     max_bad: int
-    finished: dict[str, dict[str, Any]]
-    """By name, the files that an earlier, interrupted command has finished: sha256 and note."""
     bad: dict[str, str] = field(default_factory=dict[str, str])
     """Inputs that cannot be used, each with the reason."""
     files: dict[str, str] = field(default_factory=dict[str, str])
@@ -59,36 +58,36 @@ class Preparation:
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
         and returns a note (JSON data). Returns the notes in the order of the jobs."""
-        jobs = list(jobs)
-        missing = [(self.out, name, function, more) for name, more in jobs if name not in self.finished]
         # Not fork: a process with threads, as this one has, must not be copied.
         pool = ProcessPoolExecutor(self.workers, get_context("forkserver")) if self.workers else ThreadPoolExecutor(1)
-        with (self.out / JOURNAL).open("a") as journal, pool, closing(Progress()) as progress:
-            writing = [pool.submit(_write, *job) for job in missing]
+        with pool, closing(Progress()) as progress:
+            writing = {name: pool.submit(_write, self.out, name, function, more) for name, more in jobs}
             try:
-                for done, future in enumerate(as_completed(writing), len(jobs) - len(missing) + 1):
-                    entry = future.result()
-                    print(json.dumps(entry), file=journal, flush=True)
-                    self.finished[entry.pop("file")] = entry
-                    progress.update(f"timetrial: {label}: {done} of {len(jobs)}")
+                for done, future in enumerate(as_completed(writing.values()), 1):
+                    future.result()
+                    progress.update(f"timetrial: {label}: {done} of {len(writing)}")
             except BrokenProcessPool:
                 problem = "a worker process was killed, perhaps for want of memory: the same command continues"
                 raise TimetrialError(f"{problem}; data.workers=1 needs least") from None
             finally:
                 pool.shutdown(cancel_futures=True)
-            progress.print(f"timetrial: {label}: {len(jobs)} of {len(jobs)}")
-        self.files |= {name: self.finished[name]["sha256"] for name, _ in jobs}
-        return [self.finished[name]["note"] for name, _ in jobs]
+            progress.print(f"timetrial: {label}: {len(writing)} of {len(writing)}")
+        self.files |= {name: future.result()["sha256"] for name, future in writing.items()}
+        return [future.result()["note"] for future in writing.values()]
 
 
 def _write(out: Path, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Writes one file under a temporary name, then renames it: a file that has its name is complete."""
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    note = function(partial, *arguments)
-    entry = {"file": name, "sha256": sha256(partial), "note": note}
-    partial.replace(path)
+    """Writes one file and its entry, or finds them written. A file that has its name is complete."""
+    path, noted = out / name, out / NOTES / f"{name}.json"
+    entry = read_json(noted)
+    if not entry:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        note = function(partial, *arguments)
+        entry = {"sha256": sha256(partial), "note": note}
+        partial.replace(path)
+        write_json(noted, entry)
     return entry
 
 
@@ -112,36 +111,25 @@ def prepare(hook: Any, request: Mapping[str, Any], source: Path, out: Path, conf
     """Calls the workload's hook, or verifies what it has made before. Returns the manifest."""
     if not source.exists():
         raise DataError(f"source={source} does not exist: name a file or a folder")
-    request = {**request, "seed": config.seed, "source": _describe(source)}
-    if (out / MANIFEST).exists():
-        manifest = check_manifest(out, request["workload"])
-        if manifest["request"] != request:
-            raise UsageError(f"{out} holds data prepared from another source or with other settings: choose another")
-        return manifest
-    out.mkdir(parents=True, exist_ok=True)
-    journal = out / JOURNAL
-    # A kill can cut the last line short; what it would have named is made again.
-    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
-    entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line] or [{"request": request}]
-    if entries[0].get("request") != request:
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    sizes = [(str(p.relative_to(source)), p.stat().st_size) for p in files]  # tell two sources apart without reading
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    listing = {"files": len(sizes), "bytes": sum(size for _, size in sizes), "listing_sha256": digest}
+    request, begun = {**request, "seed": config.seed, "source": listing}, out / NOTES / "request.json"
+    manifest = check_manifest(out, request["workload"]) if (out / MANIFEST).exists() else {}
+    if (manifest.get("request") or read_json(begun) or request) != request:
         raise UsageError(f"{out} was begun from another source or with other settings: choose another, or remove it")
-    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    if manifest:
+        return manifest
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    write_json(begun, request)
     workers = (os.cpu_count() or 1) if config.data.workers is None else config.data.workers
-    finished = {entry.pop("file"): entry for entry in entries[1:]}
-    preparation = Preparation(source, out, config.seed, workers, config.data.max_bad, finished)
+    preparation = Preparation(source, out, config.seed, workers, config.data.max_bad)
     counts = hook(preparation=preparation)
     manifest = {"request": request, "counts": counts, "bad": preparation.bad, "files": preparation.files}
     write_json(out / MANIFEST, manifest)
-    journal.unlink()
+    shutil.rmtree(begun.parent)
     return manifest
-
-
-def _describe(source: Path) -> dict[str, Any]:
-    """What tells two sources apart without reading them: names and sizes of all files."""
-    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    sizes = [(str(p.relative_to(source)), p.stat().st_size) for p in files]
-    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "listing_sha256": digest}
 
 
 def main() -> int:

@@ -99,11 +99,16 @@ def write_json(path: Path, tree: Any) -> None:
     partial.replace(path)
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What the file holds; {} where it does not exist or holds no JSON."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    return read_json(run_dir / "result.json")
 
 
 def update_result(run_dir: Path, **fields: Any) -> None:

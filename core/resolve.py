@@ -3,7 +3,6 @@
 The plan is plain data: it is saved as resolved.yaml and is all that a worker process is given.
 """
 
-import contextlib
 import graphlib
 import hashlib
 import json
@@ -143,14 +142,14 @@ def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
 
 def _backend(name: str, registry: Registry, world_size: int, local_ranks: int) -> tuple[Installed, Devices]:
     """The backend of that name, or for `auto` the preferred one of those that can run here."""
-    if name != "auto":
-        backend = registry.find("backend", name)
-        return backend, _probe(backend, world_size, local_ranks)
     able: list[tuple[int, Installed, Devices]] = []
-    for backend in (registry.find("backend", name) for name in registry.names("backend")):
-        with contextlib.suppress(UsageError):  # one that is broken or cannot run here is passed over
+    for backend in (registry.find("backend", n) for n in ([name] if name != "auto" else registry.names("backend"))):
+        try:
             devices = _probe(backend, world_size, local_ranks)
             able.append((cast(BackendSpec, backend.load().spec).preference, backend, devices))
+        except UsageError:  # `auto` passes over one that is broken or cannot run here
+            if name != "auto":
+                raise
     if not able:
         raise UsageError(f"no installed backend can run {world_size} ranks here: see `python -m core.plugins`")
     return max(able, key=lambda candidate: candidate[0])[1:]
@@ -165,8 +164,8 @@ def _probe(backend: Installed, world_size: int, local_ranks: int) -> Devices:
     if spec.max_ranks is not None and world_size > spec.max_ranks:
         raise UsageError(f"backend={name} serves {spec.max_ranks} rank, not {world_size}: use backend=auto")
     if devices.count is not None and local_ranks > devices.count:
-        remedy = f"use launch.nproc={devices.count}"
-        raise UsageError(f"backend={name} finds {devices.count} devices for {local_ranks} ranks: {remedy}")
+        few = f"backend={name} finds {devices.count} devices for {local_ranks} ranks"
+        raise UsageError(f"{few}: use launch.nproc={devices.count}")
     return devices
 
 

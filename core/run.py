@@ -8,15 +8,31 @@ Hydra composes the configuration, sweeps (`-m`) and completes on TAB; what is he
 import argparse
 import gc
 import os
+import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
 from core import __version__
+from core.config import unknown_key
 from core.discovery import KINDS, Registry, discover
 from core.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
+from core.launch import launch
+from core.record import new_run_name, write_failure
+from core.report import print_sweep, summary
+from core.resolve import resolve
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
 """Core's configuration: inside the package in a wheel, beside it in a checkout."""
@@ -45,7 +61,11 @@ def _main() -> int:
         options = "\n".join(f"  {group + '=':<12} {', '.join(_options_of(group, registry))}" for group in groups)
         print((CONF / "help.txt").read_text().format(version=__version__, options=options), end="")
         return 0
-    return _compose_and_run(arguments, registry, flags.debug)
+    if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
+        raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
+    if any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
+        return _run_by_hydra(arguments, registry, flags.debug)
+    return _run(*compose(arguments, registry), arguments, registry)[1]  # Hydra's own main composes twice: 0.1 s
 
 
 def _options_of(group: str, registry: Registry) -> list[str]:
@@ -53,18 +73,8 @@ def _options_of(group: str, registry: Registry) -> list[str]:
     return sorted({path.stem for path in (CONF / group).glob("*.yaml")} | set(registry.names(group)))
 
 
-def _compose_and_run(arguments: list[str], registry: Registry, debug: bool) -> int:
-    if any(a.split("=")[0] == "--experimental-rerun" for a in arguments):
-        raise UsageError("--experimental-rerun is refused: it executes a pickle; give the overrides instead")
-    if not any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
-        return _run(*compose(arguments, registry), arguments, registry)[1]  # Hydra's own main composes twice: 0.1 s
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from core.record import write_failure
-    from core.report import print_sweep
-
+def _run_by_hydra(arguments: list[str], registry: Registry, debug: bool) -> int:
+    """Whatever Hydra's own flags ask for: a sweep, or one run."""
     jobs: list[tuple[list[str], Path, int]] = []
     multirun = False
 
@@ -100,38 +110,20 @@ def _run(
     config: Any, choices: Any, overrides: list[str], registry: Registry, isolate: bool = False
 ) -> tuple[Path, int]:
     """One run, to the line that says how it ended. Returns its folder and its exit status."""
-    from core.launch import launch
-    from core.report import summary
-    from core.resolve import resolve
-
-    _refuse_duplicates(overrides)
+    # Hydra would take an opt that is named twice in one list as if it stood there once.
+    opts = [name for o in overrides if o.lstrip("+").startswith("opt=") for name in re.findall(r"\w+", o)[1:]]
+    twice = [name for name in opts if opts.count(name) > 1]
+    if twice:
+        raise UsageError(f"opt '{twice[0]}' is given twice; name each opt once")
     run_dir, code = launch(resolve(config, choices, registry), isolate=isolate)
     if run_dir != Path():  # an outer launcher's other ranks have none
         print(f"timetrial: {summary(run_dir)}", file=sys.stderr if code else sys.stdout, flush=True)
     return run_dir, code
 
 
-def _refuse_duplicates(overrides: list[str]) -> None:
-    """Hydra would take an option that is named twice in one list as if it stood there once."""
-    for override in overrides:
-        group, _, value = override.lstrip("+").partition("=")
-        names = [name.strip() for name in value.strip("[]").split(",")]
-        twice = [name for name in names if name and names.count(name) > 1]
-        if group == "opt" and twice:
-            raise UsageError(f"opt '{twice[0]}' is given twice; name each opt once")
-
-
 @contextmanager
 def _composing(registry: Registry) -> Generator[None]:
     """Hydra with the plugins' configuration folders on its search path, and with errors of one line."""
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from core.record import new_run_name
 
     class TimetrialSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -150,11 +142,6 @@ def _composing(registry: Registry) -> Generator[None]:
 
 def _explain(error: Exception, registry: Registry) -> str:
     """A composition error in one line, with the nearest valid name."""
-    from hydra.errors import MissingConfigException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
-
-    from core.config import unknown_key
-
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in registry.blocked:
@@ -170,9 +157,6 @@ def _explain(error: Exception, registry: Registry) -> str:
 
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides, and the option chosen in each group."""
-    import hydra
-    from omegaconf import open_dict
-
     with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
         choices = config.hydra.runtime.choices

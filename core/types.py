@@ -9,6 +9,7 @@ Terms: *rank* is one process, *world size* their number; the *global batch* is w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,16 +89,15 @@ class WorkloadSpec(PluginSpec):
 
 @dataclass(slots=True)
 class Batch:
-    """This rank's share of one global batch.
-
-    `data` is a pytree of tensors whose shapes the workload documents. `samples` counts the examples that the step
-    consumes over all ranks. `weight` corrects unequal shares: local examples x world size / global examples, so that
-    the mean over ranks of weighted local mean losses is the mean over the global batch.
-    """
+    """This rank's share of one global batch."""
 
     data: Any
+    """A pytree of tensors whose shapes the workload documents."""
     samples: int
+    """Examples that the step consumes, over all ranks."""
     weight: float = 1.0
+    """Local examples x world size / global examples: the mean over ranks of local mean losses times their weight is the
+    mean over the global batch, however unequal the shares."""
 
 
 Outputs = dict[str, "Tensor"]
@@ -192,10 +192,8 @@ class Backend(Protocol):
 
 
 class Workload(Protocol):
-    """What a workload plugin returns from `make_workload`: the model, the data, the loss and the quality target.
-
-    Every random draw must come from `ctx.seed_for(...)`, never from state that is hidden from checkpoints.
-    """
+    """What a workload plugin returns from `make_workload`: the model, the data, the loss and the quality target. Every
+    random draw must come from `ctx.seed_for(...)`, never from state that is hidden from checkpoints."""
 
     spec: WorkloadSpec
     targets: list[Target]
@@ -249,8 +247,7 @@ class Workload(Protocol):
 
 @runtime_checkable
 class Bucketed(Protocol):
-    """A workload with `capture="partial"` whose batches come in several shapes; any other's have that of its synthetic
-    batch."""
+    """A workload with `capture="partial"` whose batches come in other shapes than that of its synthetic batch."""
 
     def capture_batches(self) -> Iterable[Batch]:
         """A synthetic batch on the device for each shape that `capture_parts` may meet, those first that are wanted
@@ -270,13 +267,11 @@ class Evidence:
 
 
 class Plugin:
-    """What a plugin's class inherits: it is constructed with its validated `Config` and implements hooks.
-
-    Class attributes: `spec`, and `Config`, a dataclass whose values come from the plugin's YAML.
-    """
+    """What a plugin's class inherits: it is constructed with its validated `Config` and implements hooks."""
 
     spec: ClassVar[PluginSpec]
     Config: ClassVar[type]
+    """A dataclass whose values come from the plugin's YAML."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -296,7 +291,7 @@ class RunContext:
     config: RunConfig
     run_dir: Path
     seed: int
-    nproc_per_node: int = 1
+    nproc_per_node: int = field(default_factory=lambda: int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     position: Position = field(default_factory=Position)
     # Filled in, in this order, while the run is built:
     backend: Backend = field(init=False)

@@ -81,7 +81,6 @@ class _Rank:
         self.hooks: Any = manager.hook
         self.plugins = {name: p for name, p in manager.list_name_plugin() if isinstance(p, Plugin)}
         self.ctx = RunContext(config=plan.root(), run_dir=Path(plan.run_dir), seed=plan.seed)
-        self.ctx.nproc_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def run(self) -> str:
         """Returns the status that the run ends with."""

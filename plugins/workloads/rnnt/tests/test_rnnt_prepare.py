@@ -57,7 +57,7 @@ def test_the_same_bytes_come_out_again_in_parallel_and_after_a_kill(
     assert manifest(tmp_path / "again")["files"] == manifest(prepared)["files"]
     out = tmp_path / "killed"
     process = subprocess.Popen(prepare_command(source, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (out / ".journal.jsonl").exists():
+    while process.poll() is None and not (out / ".notes").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
