@@ -14,13 +14,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch.utils import _pytree as pytree
 
 from core.errors import CheckpointError
 from core.record import sha256
@@ -102,33 +101,10 @@ class Checkpointer:
         return None
 
 
-def gathered(tree: Any) -> Any:
-    """The pytree with each tensor that is sharded over ranks made whole. Every rank calls it together."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: getattr(tensor, "full_tensor", lambda: tensor)(), tree)
-
-
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads whole states, "model" and "optimizer", each tensor sharded over ranks as the model's own is."""
-    current, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-    model.load_state_dict({name: _scattered(tensor, current[name]) for name, tensor in state["model"].items()})
-    for number, own in state["optimizer"]["state"].items():  # its tensors lie as their parameter does
-        own |= {k: _scattered(t, parameters[number]) for k, t in own.items() if isinstance(t, torch.Tensor)}
-    optimizer.load_state_dict(state["optimizer"])
-
-
-def _scattered(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """`whole` sharded over ranks as `like` is, where `like` is sharded and has its shape; else `whole` itself."""
-    if not hasattr(like, "full_tensor") or whole.shape != like.shape:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def parameters_hash(model: torch.nn.Module) -> str:
     """SHA-256 over names, types and bits of all parameters and buffers, in order of name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(gathered(model.state_dict()).items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """`python -m core.prepare workload=NAME source=PATH out=FOLDER`: raw data into the files that a workload reads.
 
-A workload's hook `prepare` is given a `Preparation` and calls its `map`, which writes the files in parallel. Beside each
-finished file lies a note of it, so that the same command continues after a kill, and a manifest of SHA-256 sums, written
-last, says that the folder is complete. The bytes are a function of source, settings and seed alone.
+A workload's hook `prepare` is given a `Preparation` and calls its `map`, which writes the files in parallel. Each that
+is finished is noted, so that the same command continues after a kill, and a manifest of SHA-256 sums, written last,
+says that the folder is complete. The bytes are a function of source, settings and seed alone.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -52,8 +52,7 @@ class Preparation:
         self.bad[name] = reason
         print(f"timetrial: {name}: {reason}", file=sys.stderr, flush=True)
         if len(self.bad) > self.max_bad:
-            remedy = f"repair or remove it, or set data.max_bad={len(self.bad)} to pass over it"
-            raise DataError(f"{name}: {reason}; {remedy}")
+            raise DataError(f"{name}: {reason}; repair it, or set data.max_bad={len(self.bad)} to pass over it")
 
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
@@ -67,8 +66,8 @@ class Preparation:
                     future.result()
                     progress.update(f"timetrial: {label}: {done} of {len(writing)}")
             except BrokenProcessPool:
-                problem = "a worker process was killed, perhaps for want of memory: the same command continues"
-                raise TimetrialError(f"{problem}; data.workers=1 needs least") from None
+                killed = "a worker process was killed, perhaps for want of memory"
+                raise TimetrialError(f"{killed}: the same command continues; data.workers=1 needs least") from None
             finally:
                 pool.shutdown(cancel_futures=True)
             progress.print(f"timetrial: {label}: {len(writing)} of {len(writing)}")
@@ -107,7 +106,7 @@ def check_manifest(root: Path, workload: str, rank: int = 0, world_size: int = 1
     return manifest
 
 
-def prepare(hook: Any, request: Mapping[str, Any], source: Path, out: Path, config: RunConfig) -> dict[str, Any]:
+def prepare(hook: Any, request: dict[str, Any], source: Path, out: Path, config: RunConfig) -> dict[str, Any]:
     """Calls the workload's hook, or verifies what it has made before. Returns the manifest."""
     if not source.exists():
         raise DataError(f"source={source} does not exist: name a file or a folder")
@@ -115,7 +114,8 @@ def prepare(hook: Any, request: Mapping[str, Any], source: Path, out: Path, conf
     sizes = [(str(p.relative_to(source)), p.stat().st_size) for p in files]  # tell two sources apart without reading
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     listing = {"files": len(sizes), "bytes": sum(size for _, size in sizes), "listing_sha256": digest}
-    request, begun = {**request, "seed": config.seed, "source": listing}, out / NOTES / "request.json"
+    request |= {"seed": config.seed, "source": listing}
+    begun = out / NOTES / "request.json"
     manifest = check_manifest(out, request["workload"]) if (out / MANIFEST).exists() else {}
     if (manifest.get("request") or read_json(begun) or request) != request:
         raise UsageError(f"{out} was begun from another source or with other settings: choose another, or remove it")

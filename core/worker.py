@@ -7,12 +7,13 @@ environment (set before) -> backend -> workload -> model -> distribute -> optimi
 import functools
 import gc
 import itertools
+import operator
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,12 @@ class _Rank:
 
     def _open(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Opens the logs, cut back to the checkpoint that the run continues from, which is returned."""
-        ctx, plan_hash = self.ctx, self.plan.hash()
+        ctx = self.ctx
         # Every rank follows rank 0: under an outer launcher each has composed its own plan.
-        start = {name: getattr(self.plan, name) for name in ("run_dir", "seed", "resume_from", "restarts", "changed")}
-        start, first_hash = ctx.backend.broadcast([start, plan_hash])
-        if plan_hash != first_hash:
+        plan: RunPlan = ctx.backend.broadcast(self.plan)
+        if self.plan.hash() != plan.hash():
             raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
-        plan = replace(self.plan, **start)
-        ctx.run_dir, ctx.seed = Path(plan.run_dir), plan.seed
+        ctx.config, ctx.run_dir, ctx.seed = plan.root(), Path(plan.run_dir), plan.seed
         self.checkpoints = checkpoint.Checkpointer(ctx.run_dir / "checkpoints", ctx.backend, ctx.config.checkpoint.keep)
         source = Path(plan.resume_from or "", "checkpoints")
         saved = checkpoint.Checkpointer(source, ctx.backend, keep=2).load() if plan.resume_from else None
@@ -113,7 +112,7 @@ class _Rank:
         self.scored = not ctx.synthetic and not plan.changed and (not self.restarts or ctx.config.score_restarts)
         if ctx.rank == 0:
             update_result(
-                ctx.run_dir, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size, plan_hash=plan_hash,
+                ctx.run_dir, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size, plan_hash=plan.hash(),
                 plugins=[asdict(p) for p in plan.plugins], restarts=self.restarts, changed=plan.changed,
                 deterministic=ctx.config.deterministic,
             )  # fmt: skip
@@ -137,7 +136,11 @@ class _Rank:
         ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
         forward_backward, step = _build_step(ctx, hooks)
         evaluate = _build_evaluation(ctx, hooks, prepared)
-        _refuse_unused(self.plan, offered)
+        for chosen in self.plan.plugins:
+            spec = chosen.load().spec
+            if isinstance(spec, OptSpec) and spec.components and not spec.components & offered:
+                what = f"opt '{chosen.name}' replaces {', '.join(sorted(spec.components))}"  # and so would do nothing
+                raise PluginError(f"{what}, which workload '{self.plan.workload}' does not offer: leave it out")
         if ctx.config.warmup_steps:
             _warm_up(ctx, hooks, forward_backward)
         self.warm_evidence = hooks.verify(ctx=ctx)
@@ -195,7 +198,7 @@ class _Rank:
         """Writes a checkpoint: what is the same on all ranks, and what is this rank's own."""
         ctx = self.ctx
         states = {"model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict()}
-        shared = {**checkpoint.gathered(states), **self.watch.state_dict()}
+        shared = {**states, **self.watch.state_dict()}
         local = {
             "generators": checkpoint.generator_states(ctx.device),
             "workload": ctx.workload.state_dict(),
@@ -205,7 +208,8 @@ class _Rank:
         self.checkpoints.save(self.ctx.position.step, shared, local)
 
     def _restore(self, shared: dict[str, Any], local: dict[str, Any]) -> None:
-        checkpoint.restore(self.ctx.model, self.ctx.optimizer, shared)
+        self.ctx.model.load_state_dict(shared["model"])
+        self.ctx.optimizer.load_state_dict(shared["optimizer"])
         self.watch.load_state_dict(shared)
         self.ctx.workload.load_state_dict(local["workload"])
         for name, plugin in self.plugins.items():
@@ -221,15 +225,6 @@ pytree.register_pytree_node(
 )
 
 
-def _refuse_unused(plan: RunPlan, offered: set[str]) -> None:
-    """An opt none of whose components was asked for would silently do nothing."""
-    for chosen in plan.plugins:
-        spec = chosen.load().spec
-        if isinstance(spec, OptSpec) and spec.components and not spec.components & offered:
-            what = f"opt '{chosen.name}' replaces {', '.join(sorted(spec.components))}"
-            raise PluginError(f"{what}, which workload '{plan.workload}' does not offer: leave it out")
-
-
 def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]]:
     """The workload and its model, as `prepare_model` leaves it; and the names of components offered, as they come."""
     ctx.workload = hooks.make_workload(ctx=ctx)
@@ -243,11 +238,9 @@ def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]
 
     ctx.component = component
 
-    def moved(tree: Any) -> Any:
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(ctx.device), tree)
-
+    moved = functools.partial(pytree.tree_map_only, torch.Tensor, operator.methodcaller("to", ctx.device))
     on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
-    ctx.feed = component("feed", iter if on_host else lambda trees: map(moved, trees))
+    ctx.feed = component("feed", iter if on_host else functools.partial(map, moved))
     ctx.model = ctx.workload.build_model().to(ctx.device)
     return hooks.prepare_model(ctx=ctx, model=ctx.model), offered
 

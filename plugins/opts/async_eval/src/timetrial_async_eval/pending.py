@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from core.checkpoint import gathered
 from core.errors import TimetrialError
 from core.resolve import RunPlan
 from core.types import Forward, RunContext
@@ -48,7 +47,7 @@ class Evaluations:
     def begin(self, infer: Forward) -> Evaluations:
         """Hands over the weights as they are now; training may then go on. Returns itself as the `Pending`."""
         started = time.perf_counter()
-        states = {"model": gathered(self._ctx.model.state_dict()), "workload": self._ctx.workload.state_dict()}
+        states = {"model": self._ctx.model.state_dict(), "workload": self._ctx.workload.state_dict()}
         if self._ctx.rank == 0:
             buffer = io.BytesIO()
             torch.save(states, buffer)

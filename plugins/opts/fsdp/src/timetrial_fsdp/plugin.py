@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.hookspecs import hookimpl
-from core.types import Evidence, Forward, OptSpec, Plugin, RunContext
+from core.types import Evidence, Forward, OptSpec, Plugin, RunContext, StepParts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +55,14 @@ class Fsdp(Plugin):
             model, ctx.workload.blocks(ctx.model), ctx.device, ctx.world_size, self.config.reshard_after_forward
         )
         return model
+
+    @hookimpl(wrapper=True)
+    def build_step(self, ctx: RunContext) -> Generator[None, StepParts, StepParts]:
+        assert self._sharded is not None
+        self._sharded.give_whole_states(
+            ctx.model, ctx.optimizer
+        )  # here, where it is what the other opts have made of it
+        return (yield)
 
     @hookimpl(wrapper=True)
     def wrap_evaluate(self) -> Generator[None, Evaluate, Evaluate]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as pytree
 
 
 class ShardedModel:
@@ -40,6 +41,34 @@ class ShardedModel:
     def groups(self) -> int:
         return len(self._shards)
 
+    def give_whole_states(self, bare: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """From here on the state dicts of the optimizer and of the `bare` model hold whole tensors, as without
+        sharding, and such are loaded. All ranks ask for them together."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def gather_model(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+            state.update({name: tensor.full_tensor() for name, tensor in state.items() if isinstance(tensor, DTensor)})
+
+        def cut_model(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            for shard in self._shards:
+                shard.reshard()
+            for name, own in model.named_parameters(prefix.removesuffix(".")):
+                if name in state:
+                    state[name] = _cut(state[name], own)
+
+        def gather_optimizer(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            return pytree.tree_map_only(DTensor, DTensor.full_tensor, state)
+
+        def cut_optimizer(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            numbered = state["state"].items()
+            cut = {n: {key: _cut(value, parameters[n]) for key, value in own.items()} for n, own in numbered}
+            return {**state, "state": cut}
+
+        bare.register_state_dict_post_hook(gather_model)
+        bare.register_load_state_dict_pre_hook(cut_model)
+        optimizer.register_state_dict_post_hook(gather_optimizer)
+        optimizer.register_load_state_dict_pre_hook(cut_optimizer)
+
     @contextmanager
     def whole(self) -> Generator[None]:
         """Every rank holds every parameter: forward passes communicate nothing. All ranks enter together."""
@@ -53,6 +82,13 @@ class ShardedModel:
                 shard.reshard()
                 if shard is not self.model:
                     shard.set_reshard_after_forward(self.reshard, recurse=False)
+
+
+def _cut(whole: Any, like: Tensor) -> Any:
+    """This rank's part of `whole`, where it is a tensor of the shape of the sharded `like`; else `whole` itself."""
+    if not isinstance(whole, Tensor) or not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @dataclass
