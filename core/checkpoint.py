@@ -54,9 +54,8 @@ class Checkpointer:
                 self._commit(step, partial)
             self._barrier()
         except OSError as error:
-            problem = f"cannot write a checkpoint to {self.folder}: {error.strerror}"
-            remedy = "earlier checkpoints are intact: free some space and run the same command again"
-            raise CheckpointError(f"{problem}; {remedy}", rank=rank, step=step) from error
+            problem = f"cannot write a checkpoint to {self.folder}: {error.strerror}; earlier ones are intact"
+            raise CheckpointError(f"{problem}: free some space and go on", rank=rank, step=step) from error
 
     def _commit(self, step: int, partial: Path) -> None:
         files = {path.name: sha256(path) for path in partial.iterdir()}
@@ -90,12 +89,20 @@ class Checkpointer:
     def _newest_intact(self) -> str | None:
         problems: list[str] = []
         for folder in self._complete():
-            step, problem = int(folder.name.removeprefix("step_")), _damage(folder)
-            if problem is None:
-                for line in problems:
-                    print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
-                return folder.name
-            problems.append(f"checkpoint of step {step} is damaged: {problem}")
+            step = int(folder.name.removeprefix("step_"))
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                if manifest["format"] != FORMAT:
+                    raise CheckpointError(f"format {manifest['format']} is not {FORMAT}")
+                for name, expected in manifest["files"].items():
+                    if sha256(folder / name) != expected:
+                        raise CheckpointError(f"{name} has changed (its SHA-256 differs)")
+            except (CheckpointError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                problems.append(f"checkpoint of step {step} is damaged: {error}")
+                continue
+            for line in problems:
+                print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
+            return folder.name
         if problems:
             raise CheckpointError(f"{problems[0]}, and no other is intact in {self.folder}; choose another run_dir")
         return None
@@ -122,20 +129,6 @@ def set_generator_states(device: torch.device, states: dict[str, Any]) -> None:
         torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']} is not {FORMAT}"
-        for name, expected in manifest["files"].items():
-            if sha256(folder / name) != expected:
-                return f"{name} has changed (its SHA-256 differs)"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     plain = json.dumps(_strip(tree, name, tensors))
@@ -159,8 +152,8 @@ def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, dict):
         return {"dict": [[key, _strip(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        tag = "list" if isinstance(tree, list) else "tuple"
-        return {tag: [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
+        items = [_strip(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+        return {"list" if isinstance(tree, list) else "tuple": items}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise CheckpointError(f"{path} is a {type(tree).__name__}; only tensors and plain data can be saved")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from core.errors import UsageError, nearest
 
@@ -91,8 +91,6 @@ def validate(schema: type[T], node: Any, where: str) -> T:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
     except ConfigKeyError as error:
         raise UsageError(unknown_key(error, where)) from None
-    except MissingMandatoryValue as error:
-        raise UsageError(f"{_join(where, error.full_key)} has no value") from None
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
         raise UsageError(f"{_join(where, error.full_key)}: {message}") from None

@@ -68,13 +68,12 @@ class StoppedError(TimetrialError, kind="stopped"):
 
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """What a command line returns: `command()`, or the exit status of its error; `stopped` is said after Ctrl-C."""
-    debug = "--debug" in sys.argv
     try:
         return command()
     except TimetrialError as error:
-        return error.show(debug)
+        return error.show("--debug" in sys.argv)
     except KeyboardInterrupt:
-        return StoppedError(stopped).show(debug)
+        return StoppedError(stopped).show()
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -56,20 +56,14 @@ class Record:
         """The header that the official checker wants, the end of initialisation and the start of the clock."""
         if self.continued:
             return
-        submission, workload, accumulation = ctx.config.submission, ctx.workload, constants.GRADIENT_ACCUMULATION_STEPS
+        workload, submission = ctx.workload, {"benchmark": ctx.workload.spec.benchmark, **vars(ctx.config.submission)}
         header = {
-            constants.SUBMISSION_BENCHMARK: workload.spec.benchmark,
-            constants.SUBMISSION_ORG: submission.org,
-            constants.SUBMISSION_DIVISION: submission.division,
-            constants.SUBMISSION_STATUS: submission.status,
-            constants.SUBMISSION_PLATFORM: submission.platform,
-            constants.TRAIN_SAMPLES: workload.train_samples,
-            constants.EVAL_SAMPLES: workload.eval_samples,
-            constants.GLOBAL_BATCH_SIZE: workload.global_batch_size,
-            constants.SEED: ctx.seed,
-            accumulation: ctx.figures.get(accumulation, 1),
+            f"submission_{key}": submission[key] for key in ("benchmark", "org", "division", "status", "platform")
         }
-        for key, value in {**header, **workload.log_values()}.items():
+        header |= {key: getattr(workload, key) for key in ("train_samples", "eval_samples", "global_batch_size")}
+        accumulation = constants.GRADIENT_ACCUMULATION_STEPS
+        header |= {constants.SEED: ctx.seed, accumulation: ctx.figures.get(accumulation, 1), **workload.log_values()}
+        for key, value in header.items():
             self.mllog.event(key, value)
         for name in workload.weight_names(ctx.model):
             self.mllog.event(constants.WEIGHTS_INITIALIZATION, None, {"tensor": name})
@@ -138,9 +132,7 @@ def describe_system(submission: SubmissionConfig, world_size: int) -> dict[str, 
     accelerator = torch.get_device_module().get_device_properties(0) if count else None
     return {
         **submission.system,
-        "submitter": submission.org,
-        "division": submission.division,
-        "status": submission.status,
+        "submitter": submission.org, "division": submission.division, "status": submission.status,
         "system_name": submission.platform,
         "number_of_nodes": str(max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))),
         "host_processors_per_node": str(len(sockets) or 1),
@@ -150,12 +142,9 @@ def describe_system(submission: SubmissionConfig, world_size: int) -> dict[str, 
         "host_processor_frequency": f"{frequency.max or frequency.current:.0f} MHz" if frequency else "",
         "host_memory_capacity": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
         "host_storage_capacity": f"{shutil.disk_usage('.').total / 1e9:.0f} GB",
-        "accelerators_per_node": str(count),
-        "accelerator_model_name": accelerator.name if accelerator else "",
+        "accelerators_per_node": str(count), "accelerator_model_name": accelerator.name if accelerator else "",
         "accelerator_memory_capacity": f"{accelerator.total_memory / 1e9:.0f} GB" if accelerator else "",
-        "framework": f"PyTorch {torch.__version__}",
-        "other_software_stack": software,
-        "operating_system": platform.platform(),
-        "python": platform.python_version(),
+        "framework": f"PyTorch {torch.__version__}", "other_software_stack": software,
+        "operating_system": platform.platform(), "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-    }
+    }  # fmt: skip

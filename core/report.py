@@ -9,9 +9,6 @@ from typing import Any
 
 from core.record import read_result
 
-_PLAIN_EVERY_S = 10.0
-"""Seconds between plain lines: a log file should stay readable."""
-
 
 class Progress:
     """A line that is renewed in place on a terminal, and printed now and then elsewhere. On stderr: stdout is for
@@ -31,7 +28,7 @@ class Progress:
     def update(self, line: str) -> None:
         if self._live is not None:
             self._live.update(line, refresh=True)
-        elif time.monotonic() - self._printed >= _PLAIN_EVERY_S:
+        elif time.monotonic() - self._printed >= 10.0:  # seconds: a log file should stay readable
             self.print(line)
 
     def print(self, line: str) -> None:
@@ -77,12 +74,11 @@ def print_sweep(jobs: Sequence[tuple[Sequence[str], Path, int]]) -> None:
     rows: list[tuple[str, ...]] = []
     for number, (overrides, run_dir, _) in enumerate(jobs):
         result = read_result(run_dir)
-        seconds, speed = result.get("time_to_train_s"), result.get("samples_per_s")
+        status, seconds, speed = (result.get(k) for k in ("status", "time_to_train_s", "samples_per_s"))
         quality = ", ".join(f"{k} {v:.4f}" for k, v in (result.get("quality") or {}).items())
         problem = (result.get("error") or {}).get("message", "")
-        time_to_train, samples_per_s = f"{seconds:.1f} s" if seconds else "", f"{speed:,.0f}" if speed else ""
-        status = str(result.get("status", "failed"))
-        rows.append((str(number), " ".join(overrides), status, time_to_train, quality or problem, samples_per_s))
+        figures = f"{seconds:.1f} s" if seconds else "", quality or problem, f"{speed:,.0f}" if speed else ""
+        rows.append((str(number), " ".join(overrides), status or "failed", *figures))
     print_table(("job", "overrides", "status", "time to train", "quality", "samples/s"), rows, 160)
     failed = [str(number) for number, (_, _, code) in enumerate(jobs) if code]
     print(f"{len(jobs)} jobs, {'not successful: ' + ', '.join(failed) if failed else 'all successful'}")

@@ -93,7 +93,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", root.launch.nproc))
 
     workload = registry.find("workload", str(choices["workload"]))
-    backend, devices = _backend(str(choices["backend"]), registry, world_size, local_ranks)
+    backend, devices = _backend(str(choices["backend"]), registry, local_ranks)
     if choices["backend"] == "auto":
         if raw["backend"]:
             raise UsageError(f"settings of a backend need its name: backend={backend.name} backend.…")
@@ -140,33 +140,25 @@ def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
         raise PluginError(f"opts that each want to wrap the other: {circle}; leave one out") from None
 
 
-def _backend(name: str, registry: Registry, world_size: int, local_ranks: int) -> tuple[Installed, Devices]:
-    """The backend of that name, or for `auto` the preferred one of those that can run here."""
+def _backend(name: str, registry: Registry, ranks: int) -> tuple[Installed, Devices]:
+    """The backend of that name, or for `auto` the preferred one of those that can serve so many ranks here."""
     able: list[tuple[int, Installed, Devices]] = []
     for backend in (registry.find("backend", n) for n in ([name] if name != "auto" else registry.names("backend"))):
         try:
-            devices = _probe(backend, world_size, local_ranks)
-            able.append((cast(BackendSpec, backend.load().spec).preference, backend, devices))
+            spec = cast(BackendSpec, backend.load().spec)
+            devices = spec.probe()
+            if devices.problem:
+                raise UsageError(f"backend={name} cannot run here: {devices.problem}")
+            if devices.count is not None and ranks > devices.count:
+                few = f"backend={name} can serve {devices.count} of {ranks} ranks here"
+                raise UsageError(f"{few}: use launch.nproc={devices.count} or another backend")
+            able.append((spec.preference, backend, devices))
         except UsageError:  # `auto` passes over one that is broken or cannot run here
             if name != "auto":
                 raise
     if not able:
-        raise UsageError(f"no installed backend can run {world_size} ranks here: see `python -m core.plugins`")
+        raise UsageError(f"no installed backend can run {ranks} ranks here: see `python -m core.plugins`")
     return max(able, key=lambda candidate: candidate[0])[1:]
-
-
-def _probe(backend: Installed, world_size: int, local_ranks: int) -> Devices:
-    """What the backend finds here. UsageError where it cannot serve so many ranks."""
-    name, spec = backend.name, cast(BackendSpec, backend.load().spec)
-    devices = spec.probe()
-    if devices.problem:
-        raise UsageError(f"backend={name} cannot run here: {devices.problem}")
-    if spec.max_ranks is not None and world_size > spec.max_ranks:
-        raise UsageError(f"backend={name} serves {spec.max_ranks} rank, not {world_size}: use backend=auto")
-    if devices.count is not None and local_ranks > devices.count:
-        few = f"backend={name} finds {devices.count} devices for {local_ranks} ranks"
-        raise UsageError(f"{few}: use launch.nproc={devices.count}")
-    return devices
 
 
 def plugin_manager(plugins: Iterable[Installed], config: Any, innermost: Iterable[object] = ()) -> PluginManager:

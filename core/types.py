@@ -55,7 +55,6 @@ class BackendSpec(PluginSpec):
     """Looks at the machine in milliseconds and without torch."""
     preference: int = 0
     """`backend=auto` takes the runnable backend with the highest preference."""
-    max_ranks: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

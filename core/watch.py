@@ -200,16 +200,12 @@ class Watch:
         for index, rank in np.argwhere(~np.isfinite(losses)).tolist():
             step = self.looked + index + 1
             what = f"the loss of step {step} is {losses[index, rank]} on rank {rank}"
-            remedy = "lower the learning rate, or look at the input of that step"
-            raise DivergedError(f"{what}: {remedy}", rank=rank, step=step)
+            raise DivergedError(f"{what}: lower the learning rate, or look at its input", rank=rank, step=step)
         # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
         means = losses.mean(axis=1).tolist()
         speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload
-        values = {
-            "loss": float(losses.mean()),
-            "learning_rate": float(self.ctx.optimizer.param_groups[0]["lr"]),
-            "samples_per_s": speed,
-        }
+        rate = float(self.ctx.optimizer.param_groups[0]["lr"])
+        values = {"loss": float(losses.mean()), "learning_rate": rate, "samples_per_s": speed}
         self.record.metrics(position, time_s=seconds, **values, losses=means)
         left = max(0, workload.max_epochs * workload.train_samples - position.samples) / speed if speed else 0.0
         quality = quality_text(self.quality, self._targets) or "not evaluated yet"
@@ -231,6 +227,6 @@ class Watch:
             finite = bool(torch.isfinite(norm))
         ranks = [r for r, (ok,) in enumerate(self.ctx.backend.all_gather([float(finite)])) if not ok]
         if ranks:
-            what = f"a parameter is not finite after step {self.position.step} on rank {ranks[0]}"
-            remedy = "the gradient overflowed; lower the learning rate"
-            raise DivergedError(f"{what}: {remedy}", rank=ranks[0], step=self.position.step)
+            rank, step = ranks[0], self.position.step
+            what = f"a parameter is not finite after step {step} on rank {rank}: its gradient overflowed"
+            raise DivergedError(f"{what}; lower the learning rate", rank=rank, step=step)

@@ -49,4 +49,9 @@ def test_the_command_line_refuses_two_ranks(tmp_path: Path) -> None:
     command.append(f"run_dir={tmp_path / 'run'}")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "backend=single serves 1 rank, not 2" in done.stderr
+    assert "backend=single can serve 1 of 2 ranks here" in done.stderr
+
+
+def test_one_rank_on_each_of_two_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "it serves 1 rank, not 2" in probe().problem

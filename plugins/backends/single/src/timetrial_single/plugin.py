@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 def probe() -> Devices:
-    """The CPU, and "cuda" where the NVIDIA driver lists a GPU that CUDA_VISIBLE_DEVICES does not hide.
+    """One rank's CPU, and "cuda" where the NVIDIA driver lists a GPU that CUDA_VISIBLE_DEVICES does not hide.
 
     It sees the machine and not the configuration, so "cuda" stands here even if `backend.device=cpu` leaves it unused.
     """
-    return Devices(provides=frozenset({"cpu", "cuda"} if _sees_gpu() else {"cpu"}), count=1)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of an outer launcher, which may start one on each of many nodes
+    problem = f"it serves 1 rank, not {ranks}: use backend=auto" if ranks > 1 else ""
+    return Devices(provides=frozenset({"cpu", "cuda"} if _sees_gpu() else {"cpu"}), count=1, problem=problem)
 
 
 def _sees_gpu() -> bool:
@@ -74,9 +76,7 @@ class OneProcess:
 class Single(Plugin):
     """One process without torch.distributed."""
 
-    spec = BackendSpec(
-        interface=1, summary="one process without a process group, CPU or one GPU", probe=probe, max_ranks=1
-    )
+    spec = BackendSpec(interface=1, summary="one process without a process group, CPU or one GPU", probe=probe)
     Config = SingleConfig
     config: SingleConfig
 
