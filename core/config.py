@@ -36,6 +36,7 @@ class DataConfig:
 class LaunchConfig:
     nproc: int = checked(at_least=1)
     timeout_s: float = checked(above=0)
+    environment: dict[str, str]
 
 
 @dataclass(kw_only=True)

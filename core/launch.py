@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import psutil
 
 from core.config import RunConfig
 from core.errors import EXIT_CODES, TimetrialError, UsageError
-from core.record import new_run_name, read_json, read_result, update_result, write_failure, write_json
+from core.record import new_run_name, read_json, update_result, write_failure, write_json
 from core.resolve import RunPlan
 
 
@@ -24,9 +24,12 @@ def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
     """Runs the plan to its end. Returns the run folder and the exit status. `isolate` starts even a single rank as a
     process of its own (each job of a sweep gets a fresh interpreter)."""
     config, before = plan.root(), dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))
     if int(os.environ.get("RANK", 0)) == 0:  # under an outer launcher, rank 0 makes the folder and tells the others
         plan = _prepare(plan, config)
-    os.environ.update({**_environment(plan, config), **before})  # a variable that the user has set wins
+    ours = {"OMP_NUM_THREADS": str(threads), **config.launch.environment, **plan.environment}
+    os.environ.update({**ours, **before})  # a variable that the user has set wins
     try:
         if "RANK" in os.environ or (plan.world_size == 1 and not isolate):
             from core.worker import run_rank  # imports torch
@@ -62,13 +65,17 @@ def _prepare(plan: RunPlan, config: RunConfig) -> RunPlan:
         plan = _continue(plan, config, run_dir, previous)
     plan.save(run_dir / "resolved.yaml")
     shutil.rmtree(run_dir / "errors", ignore_errors=True)
-    update_result(run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv])
+    update_result(
+        run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv],
+        workload=plan.workload, seed=plan.seed, world_size=plan.world_size, plan_hash=plan.hash(),
+        plugins=[asdict(p) for p in plan.plugins], changed=plan.changed, deterministic=config.deterministic,
+    )  # fmt: skip
     return plan
 
 
 def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -> RunPlan:
     """The run in `previous`, carried on by `plan`. UsageError where that may not be."""
-    result, old = read_result(previous), RunPlan.load(previous / "resolved.yaml")
+    result, old = read_json(previous / "result.json"), RunPlan.load(previous / "resolved.yaml")
     if previous == run_dir and config.resume == "never":
         raise UsageError(f"{run_dir} already holds a run, and resume=never; choose another run_dir")
     if previous == run_dir and result.get("status") in ("success", "throughput"):
@@ -98,20 +105,6 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for name, item in tree.items() for k, v in _flat(item, f"{key}.{name}".lstrip(".")).items()}
-
-
-def _environment(plan: RunPlan, config: RunConfig) -> dict[str, str]:
-    """Variables for the workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "OMP_NUM_THREADS": str(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))),
-        # OpenMP threads that wait by spinning for long stall each other where cores are shared with other programs:
-        # with both of two cores busy, resnet made 60 to 99 samples/s, and with this 960.
-        "GOMP_SPINCOUNT": "1000",
-        # Without it elastic restarts hung or exhausted their attempts in part of the cases (pytorch #135712, #167288).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        **plan.environment,
-    }
 
 
 def _elastic(plan: RunPlan) -> int:
@@ -148,7 +141,7 @@ def _settle(run_dir: Path, code: int) -> int:
         first = min(errors, key=lambda e: e["time"])  # the others only noticed that a rank was gone
         write_failure(run_dir, first)
         return int(first["exit_code"])
-    status = read_result(run_dir).get("status", "running")
+    status = read_json(run_dir / "result.json").get("status", "running")
     if status != "running":
         return EXIT_CODES[status]
     write_failure(run_dir, {"kind": "killed", "message": f"the worker ended without a result (exit status {code})"})

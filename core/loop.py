@@ -4,15 +4,10 @@ A run is a sequence of *blocks*: train until the next evaluation is due, evaluat
 (v1.1 rules, section 7.4) runs from the first touch of the data to the detection of the target and never pauses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from core.types import Batch, Quality, RunContext, Step
-
-if TYPE_CHECKING:
-    from core.watch import Watch
+from core.watch import Watch
 
 
 def train(

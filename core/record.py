@@ -101,12 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
-    return read_json(run_dir / "result.json")
-
-
 def update_result(run_dir: Path, **fields: Any) -> None:
-    write_json(run_dir / "result.json", {"schema": RESULT_SCHEMA, **read_result(run_dir), **fields})
+    write_json(run_dir / "result.json", {"schema": RESULT_SCHEMA, **read_json(run_dir / "result.json"), **fields})
 
 
 def write_failure(run_dir: Path, error: Mapping[str, Any]) -> None:

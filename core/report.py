@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.record import read_result
+from core.record import read_json
 
 
 class Progress:
@@ -51,7 +51,7 @@ def quality_text(quality: Mapping[str, float], targets: Mapping[str, float]) -> 
 
 def summary(run_dir: Path) -> str:
     """The one line that a run ends with."""
-    result = read_result(run_dir)
+    result = read_json(run_dir / "result.json")
     status, where = result.get("status"), os.path.relpath(run_dir)
     if result.get("error"):
         return f"{status}: {result['error']['message']} [{where}]"
@@ -73,7 +73,7 @@ def print_sweep(jobs: Sequence[tuple[Sequence[str], Path, int]]) -> None:
     """The table that a sweep ends with. A job is its overrides, its run folder and its exit status."""
     rows: list[tuple[str, ...]] = []
     for number, (overrides, run_dir, _) in enumerate(jobs):
-        result = read_result(run_dir)
+        result = read_json(run_dir / "result.json")
         status, seconds, speed = (result.get(k) for k in ("status", "time_to_train_s", "samples_per_s"))
         quality = ", ".join(f"{k} {v:.4f}" for k, v in (result.get("quality") or {}).items())
         problem = (result.get("error") or {}).get("message", "")

@@ -60,17 +60,13 @@ def run_rank(plan: RunPlan) -> int:
             error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=step)
         run_dir = rank.ctx.run_dir if rank else Path(plan.run_dir)
         if run_dir != Path():
-            path = _error_file(run_dir)
+            path = run_dir / "errors" / f"rank{os.environ.get('RANK', 0)}.json"
             path.parent.mkdir(exist_ok=True)
             path.with_suffix(".traceback.txt").write_text(traceback.format_exc())
             write_json(path, {"rank": int(os.environ.get("RANK", 0)), **error.as_dict(), "time": time.time()})
         else:  # a rank of an outer launcher that has not heard from rank 0
             error.show()
         return error.exit_code
-
-
-def _error_file(run_dir: Path) -> Path:
-    return run_dir / "errors" / f"rank{os.environ.get('RANK', 0)}.json"
 
 
 class _Rank:
@@ -88,10 +84,10 @@ class _Rank:
         self.ctx.backend = self.hooks.init_backend(ctx=self.ctx)
         try:
             saved = self._open()
-            race = self._build()
+            self._build()
             if saved is not None:
                 self._restore(*saved)
-            return self._race(race)
+            return self._race()
         finally:
             self.ctx.backend.shutdown()
 
@@ -111,15 +107,11 @@ class _Rank:
         self.restarts = plan.restarts if saved else 0  # what stopped before its first checkpoint starts anew
         self.scored = not ctx.synthetic and not plan.changed and (not self.restarts or ctx.config.score_restarts)
         if ctx.rank == 0:
-            update_result(
-                ctx.run_dir, workload=plan.workload, seed=ctx.seed, world_size=ctx.world_size, plan_hash=plan.hash(),
-                plugins=[asdict(p) for p in plan.plugins], restarts=self.restarts, changed=plan.changed,
-                deterministic=ctx.config.deterministic,
-            )  # fmt: skip
+            update_result(ctx.run_dir, restarts=self.restarts)
         return saved
 
-    def _build(self) -> Callable[[], str]:
-        """Everything from the workload to the composed step, warmed up; returns the loop, ready to run."""
+    def _build(self) -> None:
+        """Everything from the workload to the composed step, warmed up: the loop can run."""
         ctx, hooks = self.ctx, self.hooks
         # Dropout and its like draw from torch's process-wide generator, which differs from rank to rank.
         torch.manual_seed(ctx.seed_for("torch", ctx.rank))
@@ -135,7 +127,7 @@ class _Rank:
             ctx.distributed_model.register_comm_hook(*exchange)  # pyright: ignore[reportCallIssue]
         ctx.optimizer = hooks.make_optimizer(ctx=ctx, model=ctx.model)
         forward_backward, step = _build_step(ctx, hooks)
-        evaluate = _build_evaluation(ctx, hooks, prepared)
+        self.step, self.evaluate = faults.in_step(step, ctx.position, ctx.rank), _build_evaluation(ctx, hooks, prepared)
         for chosen in self.plan.plugins:
             spec = chosen.load().spec
             if isinstance(spec, OptSpec) and spec.components and not spec.components & offered:
@@ -146,16 +138,13 @@ class _Rank:
         self.warm_evidence = hooks.verify(ctx=ctx)
         self.watch = Watch(ctx, self.record, hooks, self.signals, self._save)
 
-        def batches(epoch: int, first_batch: int) -> Iterable[Batch]:
-            synthetic = itertools.repeat(ctx.workload.synthetic_batch()) if ctx.synthetic else None
-            return ctx.feed(hooks.wrap_batches(ctx=ctx, batches=synthetic or ctx.workload.batches(epoch, first_batch)))
+    def _batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
+        workload = self.ctx.workload
+        synthetic = itertools.repeat(workload.synthetic_batch()) if self.ctx.synthetic else None
+        batches = synthetic or workload.batches(epoch, first_batch)
+        return self.ctx.feed(self.hooks.wrap_batches(ctx=self.ctx, batches=batches))
 
-        return functools.partial(
-            train, ctx, self.watch, faults.in_step(step, ctx.position, ctx.rank), batches,
-            None if ctx.synthetic else evaluate,
-        )  # fmt: skip
-
-    def _race(self, race: Callable[[], str]) -> str:
+    def _race(self) -> str:
         """Starts the clock, trains, stops the clock and writes the result."""
         ctx, record, watch, position = self.ctx, self.record, self.watch, self.ctx.position
         gc.freeze()  # what has been built lives to the end: no collection in the loop need look through it
@@ -164,7 +153,7 @@ class _Rank:
         record.init_stop(ctx)
         watch.begin()
         try:
-            status = race()
+            status = train(ctx, watch, self.step, self._batches, None if ctx.synthetic else self.evaluate)
             ctx.backend.synchronize()
             clock_s, ended_at = watch.seconds(), time.time()
             record.mllog.end(constants.RUN_STOP, None, {"status": "success" if status == "success" else "aborted"})
@@ -319,7 +308,7 @@ def main() -> int:
     whatever its end: at any other status the launcher stops the other ranks."""
     run_dir = Path(sys.argv[1])
     code = run_rank(RunPlan.load(run_dir / "resolved.yaml"))
-    return code if _error_file(run_dir).exists() else 0
+    return code if any((run_dir / "errors").glob("rank*")) else 0
 
 
 if __name__ == "__main__":
