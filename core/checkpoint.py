@@ -68,44 +68,41 @@ class Checkpointer:
         descriptor = os.open(self.folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-        for old in self._complete()[self.keep :]:
+        for old in sorted(self.folder.glob("step_*"), reverse=True)[self.keep :]:
             shutil.rmtree(old)
 
-    def _complete(self) -> list[Path]:
-        """The complete checkpoints, newest first."""
-        return sorted(self.folder.glob("step_*"), reverse=True)
-
-    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """From the newest intact checkpoint, what all ranks share and this rank's own; None where there is none yet.
-        CheckpointError where there are some but each is damaged."""
-        chosen = self.backend.broadcast(self._newest_intact() if self.backend.rank == 0 else None)
+    def load(self, source: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """From the newest intact checkpoint in the folder `source`, what all ranks share and this rank's own; None
+        where it holds none yet. CheckpointError where there are some but each is damaged."""
+        chosen = self.backend.broadcast(_newest_intact(source) if self.backend.rank == 0 else None)
         if chosen is None:
             return None
-        folder = self.folder / chosen
-        manifest = json.loads((folder / "manifest.json").read_text())
-        rank = self.backend.rank if self.backend.rank < manifest["world_size"] else 0
+        folder, world_size = chosen
+        rank = self.backend.rank if self.backend.rank < world_size else 0
         return _read_tree(folder, "shared"), _read_tree(folder, f"rank{rank}")
 
-    def _newest_intact(self) -> str | None:
-        problems: list[str] = []
-        for folder in self._complete():
-            step = int(folder.name.removeprefix("step_"))
-            try:
-                manifest = json.loads((folder / "manifest.json").read_text())
-                if manifest["format"] != FORMAT:
-                    raise CheckpointError(f"format {manifest['format']} is not {FORMAT}")
-                for name, expected in manifest["files"].items():
-                    if sha256(folder / name) != expected:
-                        raise CheckpointError(f"{name} has changed (its SHA-256 differs)")
-            except (CheckpointError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                problems.append(f"checkpoint of step {step} is damaged: {error}")
-                continue
-            for line in problems:
-                print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
-            return folder.name
-        if problems:
-            raise CheckpointError(f"{problems[0]}, and no other is intact in {self.folder}; choose another run_dir")
-        return None
+
+def _newest_intact(source: Path) -> tuple[Path, int] | None:
+    """The checkpoint and its world size."""
+    problems: list[str] = []
+    for folder in sorted(source.glob("step_*"), reverse=True):
+        step = int(folder.name.removeprefix("step_"))
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["format"] != FORMAT:
+                raise CheckpointError(f"format {manifest['format']} is not {FORMAT}")
+            for name, expected in manifest["files"].items():
+                if sha256(folder / name) != expected:
+                    raise CheckpointError(f"{name} has changed (its SHA-256 differs)")
+        except (CheckpointError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            problems.append(f"checkpoint of step {step} is damaged: {error}")
+            continue
+        for line in problems:
+            print(f"timetrial: {line}; using the checkpoint of step {step}", file=sys.stderr, flush=True)
+        return folder, manifest["world_size"]
+    if problems:
+        raise CheckpointError(f"{problems[0]}, and no other is intact in {source}; choose another run_dir")
+    return None
 
 
 def parameters_hash(model: torch.nn.Module) -> str:

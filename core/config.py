@@ -94,24 +94,20 @@ def validate(schema: type[T], node: Any, where: str) -> T:
         raise UsageError(unknown_key(error, where)) from None
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
-        raise UsageError(f"{_join(where, error.full_key)}: {message}") from None
+        raise UsageError(f"{where}.{error.full_key or ''}".strip(".") + f": {message}") from None
     _check_ranges(config, where)
     return config
 
 
 def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:
     """Words for a key that the configuration does not have, with the nearest of those beside it."""
-    beside = [str(key) for key in error.parent_node or ()]
-    return f"unknown key '{_join(where, error.full_key or error.key)}': {nearest(str(error.key), beside)}"
-
-
-def _join(where: str, key: str | None) -> str:
-    return ".".join(part for part in (where, key) if part)
+    name, beside = f"{where}.{error.full_key or error.key}".strip("."), [str(key) for key in error.parent_node or ()]
+    return f"unknown key '{name}': {nearest(str(error.key), beside)}"
 
 
 def _check_ranges(config: Any, where: str) -> None:
     for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), _join(where, item.name)
+        value, name = getattr(config, item.name), f"{where}.{item.name}".strip(".")
         if dataclasses.is_dataclass(value):
             _check_ranges(value, name)
         elif isinstance(value, float) and not math.isfinite(value):

@@ -17,8 +17,7 @@ from core.errors import DataError
 class Share:
     """One rank's part of one global batch: `indices` into the data set, and what `Batch` needs to know."""
 
-    number: int
-    """Number of the batch in its epoch, counted from 0; for seeding its augmentation."""
+    number: int  # number of the batch in its epoch, counted from 0; for seeding its augmentation.
     indices: NDArray[np.int64]
     samples: int
     weight: float
@@ -41,8 +40,7 @@ class EpochSampler:
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
             uneven = f"the global batch size {self.global_batch} does not divide by {self.world_size} ranks"
-            multiple = -(-self.global_batch // self.world_size) * self.world_size
-            raise DataError(f"{uneven}: choose a multiple, such as {multiple}")
+            raise DataError(f"{uneven}: choose a multiple of {self.world_size}")
         if self.examples < self.global_batch:
             few = f"the training set has {self.examples} examples, fewer than one global batch of {self.global_batch}"
             raise DataError(f"{few}: choose a smaller batch size or more data")

@@ -27,12 +27,10 @@ class Installed:
 
     kind: Kind
     name: str
-    target: str
-    """`module:Class` of the plugin."""
+    target: str  # `module:Class` of the plugin
     distribution: str
     version: str
-    hash: str = ""
-    """`source_hash`, once the plugin is part of a plan."""
+    hash: str = ""  # `source_hash`, once the plugin is part of a plan
 
     @cached_property
     def package_dir(self) -> Path:
@@ -54,13 +52,12 @@ class Installed:
         try:
             plugin = metadata.EntryPoint(self.name, self.target, f"timetrial.{self.kind}").load()
         except Exception as error:
-            problem = f"{who} cannot be imported: {type(error).__name__}: {error}"
-            raise PluginError(f"{problem}; reinstall or update {self.distribution}") from error
+            raise PluginError(f"{who} cannot be imported, reinstall it: {type(error).__name__}: {error}") from error
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
             raise PluginError(f"{who}: {self.target} is not a subclass of core.types.Plugin")
         if plugin.spec.interface != INTERFACE:
-            problem = f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}"
-            raise PluginError(f"{problem}: install the release of {self.distribution} that fits, or update timetrial")
+            built = f"{who} was built for interface {plugin.spec.interface}"
+            raise PluginError(f"{built}, but this core has interface {INTERFACE}: install releases that fit")
         return plugin
 
     def source_hash(self) -> str:
@@ -91,11 +88,11 @@ class Registry:
         return [p.name for p in self.plugins if p.kind == kind]
 
     def find(self, kind: Kind, name: str) -> Installed:
-        found = [plugin for plugin in self.plugins if (plugin.kind, plugin.name) == (kind, name)]
-        if not found:
-            reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
-            raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
-        return found[0]
+        for plugin in self.plugins:
+            if (plugin.kind, plugin.name) == (kind, name):
+                return plugin
+        reason = "is blocked by --no-plugin" if name in self.blocked else "is not installed"
+        raise PluginError(f"{kind} '{name}' {reason}: {nearest(name, self.names(kind))}")
 
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:

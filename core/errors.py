@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 EXIT_CODES = {"success": 0, "throughput": 0, "failed": 1, "diverged": 3, "not_converged": 4, "stopped": 75}
-"""Status of a run -> exit status. `throughput` is a run on synthetic data, which has no quality to reach. 75 is
-EX_TEMPFAIL of sysexits.h: stopped by a signal and resumable."""
+"""Status of a run -> exit status. 75 is EX_TEMPFAIL of sysexits.h: stopped by a signal and resumable."""
 
 
 class TimetrialError(Exception):

@@ -11,7 +11,6 @@ Hooks build the step; none is called inside one. An implementation may leave out
 """
 
 # pyright: reportReturnType=false
-# A hook is specified by its docstring.
 
 from __future__ import annotations
 

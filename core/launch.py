@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from core.resolve import RunPlan
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
-    """Runs the plan to its end. Returns the run folder and the exit status. `isolate` starts even a single rank as a
-    process of its own (each job of a sweep gets a fresh interpreter)."""
+    """Runs the plan to its end. Returns the run folder and the exit status. `isolate` gives a single rank a process."""
     config, before = plan.root(), dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))
@@ -49,27 +47,26 @@ def _prepare(plan: RunPlan, config: RunConfig) -> RunPlan:
     try:
         run_dir = Path(config.run_dir or Path("runs", new_run_name(plan.workload))).absolute()
         run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
-        tempfile.TemporaryFile(dir=run_dir).close()
+        previous = run_dir if (run_dir / "resolved.yaml").exists() else None
+        if previous is None and any(run_dir.iterdir()):
+            raise UsageError(f"run_dir={config.run_dir} holds other files; name a new or an empty folder")
+        if config.resume not in ("auto", "never"):
+            previous = Path(config.resume).absolute()
+            if not (previous / "resolved.yaml").exists():
+                raise UsageError(f"resume={config.resume} is not a run folder; expected auto, never or a run folder")
+        plan = replace(plan, run_dir=str(run_dir))
+        if previous is not None:
+            plan = _continue(plan, config, run_dir, previous)
+        plan.save(run_dir / "resolved.yaml")
+        shutil.rmtree(run_dir / "errors", ignore_errors=True)
+        update_result(
+            run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv],
+            workload=plan.workload, seed=plan.seed, world_size=plan.world_size, plan_hash=plan.hash(),
+            plugins=[asdict(p) for p in plan.plugins], changed=plan.changed, deterministic=config.deterministic,
+        )  # fmt: skip
     except OSError as error:
         problem = f"cannot write the run folder {error.filename}: {error.strerror}"
         raise TimetrialError(f"{problem}; choose another run_dir") from None
-    previous = run_dir if (run_dir / "resolved.yaml").exists() else None
-    if previous is None and any(run_dir.iterdir()):
-        raise UsageError(f"run_dir={config.run_dir} holds other files; name a new or an empty folder")
-    if config.resume not in ("auto", "never"):
-        previous = Path(config.resume).absolute()
-        if not (previous / "resolved.yaml").exists():
-            raise UsageError(f"resume={config.resume} is not a run folder; expected auto, never or a run folder")
-    plan = replace(plan, run_dir=str(run_dir))
-    if previous is not None:
-        plan = _continue(plan, config, run_dir, previous)
-    plan.save(run_dir / "resolved.yaml")
-    shutil.rmtree(run_dir / "errors", ignore_errors=True)
-    update_result(
-        run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv],
-        workload=plan.workload, seed=plan.seed, world_size=plan.world_size, plan_hash=plan.hash(),
-        plugins=[asdict(p) for p in plan.plugins], changed=plan.changed, deterministic=config.deterministic,
-    )  # fmt: skip
     return plan
 
 
@@ -82,9 +79,8 @@ def _continue(plan: RunPlan, config: RunConfig, run_dir: Path, previous: Path) -
         raise UsageError(f"the run in {run_dir} is complete ({result['status']}); choose another run_dir")
     changed = plan.hash() != old.hash()
     if changed and not config.resume_changed:
-        problem = f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command"
-        remedy = "choose another run_dir, or add resume_changed=true (the run is then not scored)"
-        raise UsageError(f"{problem}, {remedy}")
+        what = f"cannot continue {previous}: {_difference(old, plan)} changed; give the same command"
+        raise UsageError(f"{what}, another run_dir, or resume_changed=true (the run is then not scored)")
     seed = old.seed if config.seed == "clock" else plan.seed
     restarts, changed = result.get("restarts", 0) + 1, changed or result.get("changed", False)
     return replace(plan, seed=seed, resume_from=str(previous), restarts=restarts, changed=changed)

@@ -19,8 +19,8 @@ def main() -> int:
     probes = {plugin: spec.probe() for plugin, spec in specs.items() if isinstance(spec, BackendSpec)}
     offered = capabilities(*probes.values(), multi_rank=True, multi_node=True)
     headings = ("kind", "name", "version", "distribution", "summary", "requires", "runs here")
-    about = {p: (p.kind, p.name, p.version, p.distribution) for p in specs}
-    print_table(headings, [(*about[p], *_verdict(spec, probes.get(p), offered)) for p, spec in specs.items()], 200)
+    rows = [(p.kind, p.name, p.version, p.distribution, *_verdict(s, probes.get(p), offered)) for p, s in specs.items()]
+    print_table(headings, rows, 200)
     return 0
 
 

@@ -38,27 +38,23 @@ class Preparation:
 
     source: Path
     out: Path
-    seed: int
-    workers: int
-    """Processes; 0 does everything in this one."""
-    max_bad: int
-    bad: dict[str, str] = field(default_factory=dict[str, str])
-    """Inputs that cannot be used, each with the reason."""
-    files: dict[str, str] = field(default_factory=dict[str, str])
-    """Name -> SHA-256 of each file of the result."""
+    config: RunConfig
+    bad: dict[str, str] = field(default_factory=dict[str, str])  # inputs that cannot be used, each with the reason
+    files: dict[str, str] = field(default_factory=dict[str, str])  # name -> SHA-256 of each file of the result
 
     def refuse(self, name: str, reason: str) -> None:
         """Notes an input that cannot be used. DataError once there are more than `data.max_bad`."""
         self.bad[name] = reason
         print(f"timetrial: {name}: {reason}", file=sys.stderr, flush=True)
-        if len(self.bad) > self.max_bad:
+        if len(self.bad) > self.config.data.max_bad:
             raise DataError(f"{name}: {reason}; repair it, or set data.max_bad={len(self.bad)} to pass over it")
 
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process
         and returns a note (JSON data). Returns the notes in the order of the jobs."""
+        workers = self.config.data.workers if self.config.data.workers is not None else os.cpu_count()
         # Not fork: a process with threads, as this one has, must not be copied.
-        pool = ProcessPoolExecutor(self.workers, get_context("forkserver")) if self.workers else ThreadPoolExecutor(1)
+        pool = ProcessPoolExecutor(workers, get_context("forkserver")) if workers else ThreadPoolExecutor(1)
         with pool, closing(Progress()) as progress:
             writing = {name: pool.submit(_write, self.out, name, function, more) for name, more in jobs}
             try:
@@ -123,8 +119,7 @@ def prepare(hook: Any, request: dict[str, Any], source: Path, out: Path, config:
         return manifest
     begun.parent.mkdir(parents=True, exist_ok=True)
     write_json(begun, request)
-    workers = (os.cpu_count() or 1) if config.data.workers is None else config.data.workers
-    preparation = Preparation(source, out, config.seed, workers, config.data.max_bad)
+    preparation = Preparation(source, out, config)
     counts = hook(preparation=preparation)
     manifest = {"request": request, "counts": counts, "bad": preparation.bad, "files": preparation.files}
     write_json(out / MANIFEST, manifest)

@@ -11,8 +11,7 @@ from core.record import read_json
 
 
 class Progress:
-    """A line that is renewed in place on a terminal, and printed now and then elsewhere. On stderr: stdout is for
-    the result."""
+    """A line on stderr (stdout is for the result), renewed in place on a terminal, printed now and then elsewhere."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled, self._printed = enabled, 0.0

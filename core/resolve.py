@@ -48,11 +48,9 @@ class RunPlan:
     environment: dict[str, str]
     run_dir: str = ""
     """Where this start of the run writes; empty on the other ranks of an outer launcher, which rank 0 tells."""
-    resume_from: str | None = None
-    """Run folder whose newest checkpoint is the start; None begins anew."""
+    resume_from: str | None = None  # run folder whose newest checkpoint is the start; None begins anew.
     restarts: int = 0
-    changed: bool = False
-    """Whether configuration, code or world size differ from the run that it continues."""
+    changed: bool = False  # whether configuration, code or world size differ from the run that it continues
 
     def root(self) -> RunConfig:
         return validate(RunConfig, OmegaConf.create(self.config), "")
@@ -91,14 +89,12 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
     raw = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     world_size = int(os.environ.get("WORLD_SIZE", root.launch.nproc))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", root.launch.nproc))
-
     workload = registry.find("workload", str(choices["workload"]))
     backend, devices = _backend(str(choices["backend"]), registry, local_ranks)
     if choices["backend"] == "auto":
         if raw["backend"]:
             raise UsageError(f"settings of a backend need its name: backend={backend.name} backend.…")
         raw["backend"] = OmegaConf.to_container(OmegaConf.load(backend.conf_dir / "backend" / f"{backend.name}.yaml"))
-
     opts = {name: registry.find("opt", name) for name in root.opt}
     specs = {name: cast(OptSpec, opt.load().spec) for name, opt in opts.items()}
     offered = capabilities(devices, multi_rank=world_size > 1, multi_node=world_size > local_ranks)
@@ -124,8 +120,7 @@ def capabilities(*found: Devices, multi_rank: bool, multi_node: bool) -> set[str
 
 
 def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
-    """The opts from innermost to outermost: a function of the set, not of the order on the command line. UsageError
-    where two conflict or claim the same."""
+    """The opts from innermost to outermost, a function of the set. UsageError where two conflict or claim the same."""
     for one, other in permutations(sorted(specs), 2):
         if other in specs[one].conflicts:
             raise UsageError(f"opts '{one}' and '{other}' conflict: {specs[one].conflicts[other]}; leave one out")

@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from core import __version__
@@ -84,11 +84,10 @@ def _run_by_hydra(arguments: list[str], registry: Registry, debug: bool) -> int:
         overrides, multirun = list(hydra_config.overrides.task), hydra_config.mode == RunMode.MULTIRUN
         if multirun:
             config.run_dir = config.run_dir or hydra_config.runtime.output_dir
-        run_dir = Path(config.run_dir or "")
         try:
             run_dir, code = _run(config, hydra_config.runtime.choices, overrides, registry, isolate=multirun)
         except TimetrialError as error:
-            code = error.show(debug)
+            run_dir, code = Path(config.run_dir or ""), error.show(debug)
             if multirun:
                 write_failure(run_dir, error.as_dict())
         jobs.append((overrides, run_dir, code))
@@ -159,10 +158,8 @@ def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides, and the option chosen in each group."""
     with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
-        choices = config.hydra.runtime.choices
-    with open_dict(config):
-        del config["hydra"]
-    return config, choices
+    ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return ours, config.hydra.runtime.choices
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Terms: *rank* is one process, *world size* their number; the *global batch* is w
 """
 
 # pyright: reportReturnType=false
-# A method of a protocol is its docstring.
 
 from __future__ import annotations
 
@@ -29,32 +28,25 @@ Kind = Literal["workload", "backend", "opt"]
 class Devices:
     """What a backend finds on this machine, without importing torch."""
 
-    provides: frozenset[str] = frozenset()
-    """Capabilities that opts may require, such as "cuda"."""
-    count: int | None = None
-    """How many ranks this machine can serve; None means any number."""
-    problem: str = ""
-    """Why it cannot run here, in one line; empty where it can."""
+    provides: frozenset[str] = frozenset()  # capabilities that opts may require, such as "cuda"
+    count: int | None = None  # how many ranks this machine can serve; None means any number
+    problem: str = ""  # why it cannot run here, in one line; empty where it can
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSpec:
     """What every plugin says about itself."""
 
-    interface: int
-    """The version of the interface it was built for (`core.INTERFACE`)."""
-    summary: str
-    """One line for `python -m core.plugins` and the README's table."""
+    interface: int  # the version of the interface it was built for (`core.INTERFACE`)
+    summary: str  # one line for `python -m core.plugins` and the README's table
     requires: frozenset[str] = frozenset()
     """Capabilities: what the backend provides ("cuda"), "multi_rank", "multi_node", or "cxx" (a C++ compiler)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSpec(PluginSpec):
-    probe: Callable[[], Devices]
-    """Looks at the machine in milliseconds and without torch."""
-    preference: int = 0
-    """`backend=auto` takes the runnable backend with the highest preference."""
+    probe: Callable[[], Devices]  # looks at the machine in milliseconds and without torch
+    preference: int = 0  # `backend=auto` takes the runnable backend with the highest preference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +57,7 @@ class OptSpec(PluginSpec):
     """Against the baseline: same bits, same within float tolerance, or different (quality must still hold)."""
     conflicts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names of opts it cannot run with, each with the reason."""
-    wraps: frozenset[str] = frozenset()
-    """Names of opts that must lie inside this one, where both are chosen."""
+    wraps: frozenset[str] = frozenset()  # names of opts that must lie inside this one, where both are chosen
     claims: frozenset[str] = frozenset()
     """Exclusive resources, such as "ddp.comm_hook": two opts that claim the same one conflict."""
     components: frozenset[str] = frozenset()
@@ -77,10 +68,8 @@ class OptSpec(PluginSpec):
 class WorkloadSpec(PluginSpec):
     benchmark: str
     """Name in MLPerf Training v1.1, for the log: resnet, bert, rnnt, maskrcnn, minigo, ssd, dlrm, unet3d."""
-    capture: Literal["step", "partial", "none"] = "none"
-    """How much of a training step can be captured into a graph."""
-    capture_parts: tuple[str, ...] = ()
-    """With `capture="partial"`: names of the model's submodules that can be."""
+    capture: Literal["step", "partial", "none"] = "none"  # how much of a training step can be captured into a graph
+    capture_parts: tuple[str, ...] = ()  # with `capture="partial"`: names of the model's submodules that can be
     static_shapes: bool = False
     batch_statistics: bool = False
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
@@ -90,28 +79,19 @@ class WorkloadSpec(PluginSpec):
 class Batch:
     """This rank's share of one global batch."""
 
-    data: Any
-    """A pytree of tensors whose shapes the workload documents."""
-    samples: int
-    """Examples that the step consumes, over all ranks."""
+    data: Any  # a pytree of tensors whose shapes the workload documents
+    samples: int  # examples that the step consumes, over all ranks
     weight: float = 1.0
-    """Local examples x world size / global examples: the mean over ranks of local mean losses times their weight is the
-    mean over the global batch, however unequal the shares."""
+    """Local examples x world size / global examples: the mean over ranks of weighted losses is the global mean."""
 
 
 Outputs = dict[str, "Tensor"]
-Forward = Callable[[Any], Any]
-"""Inference: `batch.data -> pytree of tensors`, on the device, without gradient."""
+Forward = Callable[[Any], Any]  # inference: `batch.data -> pytree of tensors`, on the device, without gradient
 
 
-class Pending(Protocol):
-    """An evaluation that goes on beside the training."""
-
-    def result(self, wait: bool) -> dict[str, float] | None:
-        """The quality, or None while it is not known and the caller does not `wait`. Every rank asks after the same
-        step and is given the same answer."""
-
-
+Pending = Callable[[bool], dict[str, float] | None]
+"""An evaluation that goes on beside the training: `pending(wait)` gives the quality, or None while it is not known and
+not to be waited for. Every rank asks after the same step and is given the same answer."""
 Quality = dict[str, float] | Pending
 """What an evaluation of the whole evaluation set gives: its value by metric, at once or later."""
 Evaluate = Callable[[Forward], Quality]
@@ -134,8 +114,7 @@ class Target:
     metric: str
     value: float
     higher_is_better: bool = True
-    log_name: str = ""
-    """Its key in mllog's eval_accuracy where a workload has several targets, such as "BBOX"."""
+    log_name: str = ""  # its key in mllog's eval_accuracy where a workload has several targets, such as "BBOX"
 
     def met(self, quality: Mapping[str, float]) -> bool:
         value = quality[self.metric]
@@ -160,8 +139,7 @@ class Position:
     """Where training stands; saved in every checkpoint. Epochs count from 1 (v1.1 rules)."""
 
     epoch: int = 1
-    batch: int = 0
-    """Batches of this epoch that are done."""
+    batch: int = 0  # batches of this epoch that are done
     step: int = 0
     samples: int = 0
 
@@ -191,8 +169,7 @@ class Backend(Protocol):
 
 
 class Workload(Protocol):
-    """What a workload plugin returns from `make_workload`: the model, the data, the loss and the quality target. Every
-    random draw must come from `ctx.seed_for(...)`, never from state that is hidden from checkpoints."""
+    """What a workload plugin returns from `make_workload`. Every random draw must come from `ctx.seed_for(...)`."""
 
     spec: WorkloadSpec
     targets: list[Target]
@@ -230,8 +207,7 @@ class Workload(Protocol):
         """What `evaluate` needs of the model for one batch."""
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
-        """Quality over the whole evaluation set, each example counted once over all ranks; the same on every rank.
-        Its batches go through `ctx.feed`."""
+        """Quality over the whole evaluation set, each example counted once; alike on every rank. Uses `ctx.feed`."""
 
     def log_values(self) -> Mapping[str, Any]:
         """mllog keys of the v1.1 rules for this benchmark (hyperparameters), with their values."""
@@ -269,8 +245,7 @@ class Plugin:
     """What a plugin's class inherits: it is constructed with its validated `Config` and implements hooks."""
 
     spec: ClassVar[PluginSpec]
-    Config: ClassVar[type]
-    """A dataclass whose values come from the plugin's YAML."""
+    Config: ClassVar[type]  # a dataclass whose values come from the plugin's YAML
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -297,12 +272,10 @@ class RunContext:
     workload: Workload = field(init=False)
     model: nn.Module = field(init=False)
     """The bare model: parameters and buffers under the workload's own names, whatever wraps it."""
-    distributed_model: nn.Module = field(init=False)
-    """What `distribute` made of it: the module that training calls."""
+    distributed_model: nn.Module = field(init=False)  # what `distribute` made of it: the module that training calls
     optimizer: torch.optim.Optimizer = field(init=False)
     infer: Forward = field(init=False)
-    """Inference as the opts made it, for batches that the model itself has a hand in, as in self-play. Call it with the
-    model in evaluation mode and without gradient."""
+    """Inference as the opts made it, for batches that the model has a hand in. In evaluation mode, without gradient."""
     feed: Callable[[Iterable[Any]], Iterator[Any]] = field(init=False)
     """Moves pytrees of tensors (a `Batch` is one), one after the other, to the device."""
     component: Callable[[str, Any], Any] = field(init=False)
@@ -327,7 +300,6 @@ class RunContext:
         return self.config.data.source == "synthetic"
 
     def seed_for(self, *names: str | int) -> int:
-        """An independent 63-bit seed for one purpose: `ctx.seed_for("shuffle", epoch)`. A function of the run's seed
-        and the names alone, so that a resumed run draws what the undisturbed one would have drawn."""
+        """A 63-bit seed for one purpose, such as ("shuffle", epoch): a function of the run's seed and these names."""
         text = "/".join(str(n) for n in (self.seed, *names))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -22,8 +22,7 @@ from core.record import Record
 from core.report import Progress, quality_text
 from core.types import Position, Quality, RunContext
 
-_MAX_INTERVAL = 10_000
-"""Most steps between two looks, whatever their speed: so many losses are kept on the device in between."""
+_MAX_INTERVAL = 10_000  # most steps between two looks: so many losses are kept on the device in between
 _SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "train_seconds", "started_at")
 """What a checkpoint holds of a watch, besides its position and its clock."""
 
@@ -136,7 +135,7 @@ class Watch:
         if self._under_way is None:
             return False
         outcome, position, epoch = self._under_way
-        quality = outcome if isinstance(outcome, dict) else outcome.result(wait)
+        quality = outcome if isinstance(outcome, dict) else outcome(wait)
         if quality is None:
             return False
         self._under_way, self.quality, targets = None, quality, self.ctx.workload.targets

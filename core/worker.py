@@ -53,8 +53,8 @@ def run_rank(plan: RunPlan) -> int:
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             peak, size = torch.accelerator.max_memory_allocated(), plan.config["workload"].get("global_batch_size")
-            problem = f"out of memory (peak {peak / 2**30:.1f} GiB, global batch size {size})"
-            error = OutOfMemoryError(f"{problem}: use a smaller global batch size")
+            what = f"out of memory (peak {peak / 2**30:.1f} GiB, global batch size {size})"
+            error = OutOfMemoryError(f"{what}: use a smaller global batch size")
         elif not isinstance(error, TimetrialError):
             step = rank.ctx.position.step if rank else None
             error = TimetrialError(f"{type(error).__name__}: {error}"[:500], step=step)
@@ -100,8 +100,7 @@ class _Rank:
             raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
         ctx.config, ctx.run_dir, ctx.seed = plan.root(), Path(plan.run_dir), plan.seed
         self.checkpoints = checkpoint.Checkpointer(ctx.run_dir / "checkpoints", ctx.backend, ctx.config.checkpoint.keep)
-        source = Path(plan.resume_from or "", "checkpoints")
-        saved = checkpoint.Checkpointer(source, ctx.backend, keep=2).load() if plan.resume_from else None
+        saved = self.checkpoints.load(Path(plan.resume_from, "checkpoints")) if plan.resume_from else None
         logs = saved[0]["logs"] if saved and plan.resume_from == plan.run_dir else None
         self.record = Record(ctx.run_dir, ctx.rank == 0, logs)
         self.restarts = plan.restarts if saved else 0  # what stopped before its first checkpoint starts anew
@@ -119,7 +118,6 @@ class _Rank:
         torch.set_deterministic_debug_mode("error" if ctx.config.deterministic else "default")
         # Filling fresh memory would cost time and hide nothing: no kernel here reads what it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-
         prepared, offered = _build_model(ctx, hooks)
         ctx.distributed_model = hooks.distribute(ctx=ctx, model=prepared)
         exchange = hooks.communication_hook(ctx=ctx, model=ctx.distributed_model)
@@ -159,7 +157,6 @@ class _Rank:
             record.mllog.end(constants.RUN_STOP, None, {"status": "success" if status == "success" else "aborted"})
         finally:
             watch.progress.close()
-
         evidence: list[Evidence] = self.hooks.verify(ctx=ctx)
         if ctx.config.checkpoint.at_end and status != "stopped":
             watch.save()
@@ -186,15 +183,14 @@ class _Rank:
     def _save(self) -> None:
         """Writes a checkpoint: what is the same on all ranks, and what is this rank's own."""
         ctx = self.ctx
-        states = {"model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict()}
-        shared = {**states, **self.watch.state_dict()}
+        states = {"model": ctx.model.state_dict(), "optimizer": ctx.optimizer.state_dict(), **self.watch.state_dict()}
         local = {
             "generators": checkpoint.generator_states(ctx.device),
             "workload": ctx.workload.state_dict(),
             "plugins": {name: plugin.state_dict() for name, plugin in self.plugins.items()},
             "buffers": dict(ctx.model.named_buffers()),  # running statistics differ from rank to rank
         }
-        self.checkpoints.save(self.ctx.position.step, shared, local)
+        self.checkpoints.save(ctx.position.step, states, local)
 
     def _restore(self, shared: dict[str, Any], local: dict[str, Any]) -> None:
         self.ctx.model.load_state_dict(shared["model"])
@@ -226,7 +222,6 @@ def _build_model(ctx: RunContext, hooks: Any) -> tuple[torch.nn.Module, set[str]
         return hooks.component(ctx=ctx, name=name, default=default)
 
     ctx.component = component
-
     moved = functools.partial(pytree.tree_map_only, torch.Tensor, operator.methodcaller("to", ctx.device))
     on_host = ctx.device.type == "cpu"  # where batches are: a step need not look through them
     ctx.feed = component("feed", iter if on_host else functools.partial(map, moved))
@@ -260,11 +255,7 @@ def _build_step(ctx: RunContext, hooks: Any) -> tuple[Step, Step]:
 
 def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) -> Callable[[], Quality]:
     """The evaluation, as the opts made it; `ctx.infer` is filled in on the way."""
-    infer_function = ctx.component("infer", ctx.workload.infer)
-
-    def infer(data: Any) -> Any:
-        return infer_function(prepared, data)
-
+    infer = functools.partial(ctx.component("infer", ctx.workload.infer), prepared)
     ctx.infer = hooks.wrap_step(ctx=ctx, step=infer, purpose="infer")
     innermost = ctx.component("evaluate", ctx.workload.evaluate)
     wrapped_evaluate = hooks.wrap_evaluate(ctx=ctx, evaluate=innermost)
@@ -272,8 +263,7 @@ def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) ->
 
 
 def evaluator(plan: RunPlan, ctx: RunContext) -> Callable[[], Quality]:
-    """The evaluation alone, for a process that does nothing else. Fills in `ctx`, whose backend is given, as a rank
-    does but for distribution and optimizer; what it evaluates are `ctx.model` and `ctx.workload`."""
+    """The evaluation alone, for another process: fills in `ctx`, whose backend is given, but for what only trains."""
     hooks = plugin_manager(plan.plugins, plan.config, [Baseline()]).hook
     prepared, _ = _build_model(ctx, hooks)
     return _build_evaluation(ctx, hooks, prepared)
@@ -304,10 +294,10 @@ def _without_gradient(ctx: RunContext, function: Callable[[Any], Any], argument:
 
 
 def main() -> int:
-    """A process started by the launcher: `python -m core.worker RUN_DIR`. A run that came to its end exits with 0,
-    whatever its end: at any other status the launcher stops the other ranks."""
+    """A process started by the launcher: `python -m core.worker RUN_DIR`."""
     run_dir = Path(sys.argv[1])
     code = run_rank(RunPlan.load(run_dir / "resolved.yaml"))
+    # A run that came to an end, whatever its status, exits with 0: at any other the launcher stops the other ranks.
     return code if any((run_dir / "errors").glob("rank*")) else 0
 
 

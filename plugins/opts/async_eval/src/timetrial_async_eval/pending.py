@@ -13,7 +13,7 @@ import torch
 
 from core.errors import TimetrialError
 from core.resolve import RunPlan
-from core.types import Forward, RunContext
+from core.types import Forward, Pending, RunContext
 from timetrial_async_eval.process import Order, serve
 
 
@@ -44,8 +44,8 @@ class Evaluations:
         atexit.register(process.kill)
         return self._receive()[1]
 
-    def begin(self, infer: Forward) -> Evaluations:
-        """Hands over the weights as they are now; training may then go on. Returns itself as the `Pending`."""
+    def begin(self, infer: Forward) -> Pending:
+        """Hands over the weights as they are now; training may then go on."""
         started = time.perf_counter()
         states = {"model": self._ctx.model.state_dict(), "workload": self._ctx.workload.state_dict()}
         if self._ctx.rank == 0:
@@ -55,9 +55,9 @@ class Evaluations:
                 self._pipe.send_bytes(buffer.getbuffer())
         self._begun_at = time.perf_counter()
         self.snapshot_s += self._begun_at - started
-        return self
+        return self._result
 
-    def result(self, wait: bool) -> dict[str, float] | None:
+    def _result(self, wait: bool) -> dict[str, float] | None:
         """`core.types.Pending`. TimetrialError, on every rank, where the evaluator failed."""
         asked = time.perf_counter()
         answer = self._receive() if self._ctx.rank == 0 and (wait or self._pipe.poll()) else None

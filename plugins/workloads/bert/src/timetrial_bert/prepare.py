@@ -50,7 +50,7 @@ def run(preparation: Preparation, config: BertConfig) -> dict[str, int]:
     pieces = [(text, *piece) for text, note in zip(texts, found, strict=True) for piece in note["pieces"]]
     settings = {
         "out": preparation.out,
-        "seed": preparation.seed,
+        "seed": preparation.config.seed,
         "held_out": config.held_out,
         "lower_case": config.lower_case,
     }
