@@ -55,7 +55,7 @@ class Checkpointer:
             self._barrier()
         except OSError as error:
             problem = f"cannot write a checkpoint to {self.folder}: {error.strerror}; earlier ones are intact"
-            raise CheckpointError(f"{problem}: free some space and go on", rank=rank, step=step) from error
+            raise CheckpointError(f"{problem}: free some space and repeat the command", rank=rank, step=step) from error
 
     def _commit(self, step: int, partial: Path) -> None:
         files = {path.name: sha256(path) for path in partial.iterdir()}

@@ -158,7 +158,7 @@ def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides, and the option chosen in each group."""
     with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
-    ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return ours, config.hydra.runtime.choices
 
 

@@ -176,7 +176,13 @@ def test_fewer_devices_than_ranks_is_refused_before_a_process_starts(tmp_path: P
     site = fake_plugin("backend", "narrow", source)
     line = refused("workload=toy", "backend=narrow", "launch.nproc=2", tmp_path=tmp_path, PYTHONPATH=str(site))
     assert "launch.nproc=1" in line
-    assert "1 rank" in refused("workload=toy", "backend=single", "launch.nproc=2", tmp_path=tmp_path)
+    assert "1 of 2 ranks" in refused("workload=toy", "backend=single", "launch.nproc=2", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("ranks", ["backend=single", "launch.nproc=2"])
+def test_the_ranks_see_variables_of_the_configuration(ranks: str, tmp_path: Path) -> None:
+    fault = "+launch.environment.TIMETRIAL_FAULT='step@2=error'"
+    assert "injected fault" in run_cli("workload=toy", ranks, fault, run_dir=tmp_path / "run").expect(1).stderr
 
 
 def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
