@@ -87,8 +87,6 @@ class Batch:
 
 Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]  # inference: `batch.data -> pytree of tensors`, on the device, without gradient
-
-
 Pending = Callable[[bool], dict[str, float] | None]
 """An evaluation that goes on beside the training: `pending(wait)` gives the quality, or None while it is not known and
 not to be waited for. Every rank asks after the same step and is given the same answer."""
