@@ -66,10 +66,40 @@ def a_whole_model_is_evaluated_without_the_other_rank(reshard: bool) -> None:
     assert held(model.parameters()).unsharded == 0
 
 
+def trainable() -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    model = network()
+    mine = sharded(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    mine.give_whole_states(model, optimizer)
+    return model, optimizer
+
+
+def whole_states_are_given_and_taken() -> None:
+    """Also just after a forward pass, which leaves the last group gathered."""
+    model, optimizer = trainable()
+    model(X_NF).sum().backward()
+    optimizer.step()
+    states = model.state_dict(), optimizer.state_dict()
+    momentum = {i: own["momentum_buffer"] for i, own in states[1]["state"].items()}
+    assert not any(isinstance(tensor, DTensor) for tensor in (*states[0].values(), *momentum.values()))
+    assert [t.shape for t in momentum.values()] == [p.shape for p in network().parameters()]
+    other, its_optimizer = trainable()
+    with torch.no_grad():
+        other(X_NF)
+    other.load_state_dict(states[0])
+    its_optimizer.load_state_dict(states[1])
+    for mine, taken in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.to_local(), taken.to_local())
+        buffers = (o.state[p]["momentum_buffer"] for o, p in ((optimizer, mine), (its_optimizer, taken)))
+        assert torch.equal(*(buffer.to_local() for buffer in buffers))
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), other.state_dict().values(), strict=True))
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
     each_rank_holds_a_part_under_the_same_names()
     gradients_are_the_mean_over_ranks_of_weighted_shares()
     a_whole_model_is_evaluated_without_the_other_rank(reshard=True)
     a_whole_model_is_evaluated_without_the_other_rank(reshard=False)
+    whole_states_are_given_and_taken()
     dist.destroy_process_group()
