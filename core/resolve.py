@@ -48,7 +48,7 @@ class RunPlan:
     environment: dict[str, str]
     run_dir: str = ""
     """Where this start of the run writes; empty on the other ranks of an outer launcher, which rank 0 tells."""
-    resume_from: str | None = None  # run folder whose newest checkpoint is the start; None begins anew.
+    resume_from: str | None = None  # run folder whose newest checkpoint is the start; None begins anew
     restarts: int = 0
     changed: bool = False  # whether configuration, code or world size differ from the run that it continues
 
