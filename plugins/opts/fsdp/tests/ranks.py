@@ -68,6 +68,8 @@ def a_whole_model_is_evaluated_without_the_other_rank(reshard: bool) -> None:
 
 def trainable() -> tuple[nn.Sequential, torch.optim.Optimizer]:
     model = network()
+    model.append(nn.Linear(3, 7)).append(nn.Linear(7, 3))
+    model[5].weight = model[3].weight  # two names for one parameter
     mine = sharded(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     mine.give_whole_states(model, optimizer)
@@ -82,7 +84,8 @@ def whole_states_are_given_and_taken() -> None:
     states = model.state_dict(), optimizer.state_dict()
     momentum = {i: own["momentum_buffer"] for i, own in states[1]["state"].items()}
     assert not any(isinstance(tensor, DTensor) for tensor in (*states[0].values(), *momentum.values()))
-    assert [t.shape for t in momentum.values()] == [p.shape for p in network().parameters()]
+    assert [t.shape for t in momentum.values()] == [p.shape for p in model.parameters()]
+    assert list(states[0]) == [*network().state_dict(), "4.weight", "4.bias", "5.weight", "5.bias"]
     other, its_optimizer = trainable()
     with torch.no_grad():
         other(X_NF)

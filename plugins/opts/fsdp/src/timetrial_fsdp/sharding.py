@@ -52,7 +52,8 @@ class ShardedModel:
         def cut_model(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
             for shard in self._shards:
                 shard.reshard()
-            for name, own in model.named_parameters(prefix.removesuffix(".")):
+            # A parameter that two modules share, as BERT's embedding and decoder do, has two names.
+            for name, own in model.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
                 if name in state:
                     state[name] = _cut(state[name], own)
 
