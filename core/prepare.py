@@ -56,8 +56,8 @@ class Preparation:
         # Not fork: a process with threads, as this one has, must not be copied.
         pool = ProcessPoolExecutor(workers, get_context("forkserver")) if workers else ThreadPoolExecutor(1)
         with pool, closing(Progress()) as progress:
-            writing = {name: pool.submit(_write, self.out, name, function, more) for name, more in jobs}
             try:
+                writing = {name: pool.submit(_write, self.out, name, function, more) for name, more in jobs}
                 for done, future in enumerate(as_completed(writing.values()), 1):
                     future.result()
                     progress.update(f"timetrial: {label}: {done} of {len(writing)}")

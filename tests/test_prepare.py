@@ -15,7 +15,7 @@ from core.prepare import check_manifest
 from core.testing.cli import environment
 
 WORKLOAD = """
-import os, signal
+import os, signal, time
 from core.types import WorkloadSpec
 
 def shout(path, source, kill):
@@ -26,6 +26,11 @@ def shout(path, source, kill):
     path.write_text(text.upper())
     return {"bad": not text, "letters": len(text)}
 
+def paced(jobs):
+    for job in jobs:
+        yield job
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+
 class P(Plugin):
     spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert")
     Config = Config
@@ -35,7 +40,7 @@ class P(Plugin):
         files = sorted(preparation.source.iterdir())
         kill = os.environ.get("KILL", "")
         jobs = [(f"loud/{f.name}", (str(f), kill if f.name == "3.txt" else "")) for f in files]
-        notes = preparation.map("shouting", shout, jobs)
+        notes = preparation.map("shouting", shout, paced(jobs))
         for f, note in zip(files, notes):
             if note["bad"]:
                 preparation.refuse(str(f), "is empty")
@@ -89,9 +94,10 @@ def test_killed_in_the_middle_the_same_command_continues_to_the_same_bytes(comma
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_killed_worker_is_said_in_one_line_and_the_same_command_continues(command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause", ["0", "0.5"], ids=["while it is waited for", "before the last jobs are there"])
+def test_a_killed_worker_is_said_in_one_line_and_the_same_command_continues(command, pause, tmp_path: Path) -> None:
     (tmp_path / "kill").touch()
-    code, _, errors = command("out", workers=2, KILL=str(tmp_path / "kill"))
+    code, _, errors = command("out", workers=2, KILL=str(tmp_path / "kill"), PAUSE=pause)
     assert code == 1
     assert "worker process was killed" in errors
     assert "Traceback" not in errors
