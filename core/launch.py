@@ -20,7 +20,7 @@ from core.resolve import RunPlan
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
-    """Runs the plan to its end. Returns the run folder and the exit status. `isolate` gives a single rank a process."""
+    """Runs the plan to its end. Returns run folder and exit status. `isolate` gives one rank, too, its own process."""
     config, before = plan.root(), dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))

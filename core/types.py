@@ -273,7 +273,7 @@ class RunContext:
     distributed_model: nn.Module = field(init=False)  # what `distribute` made of it: the module that training calls
     optimizer: torch.optim.Optimizer = field(init=False)
     infer: Forward = field(init=False)
-    """Inference as the opts made it, for batches that the model has a hand in. In evaluation mode, without gradient."""
+    """Inference as the opts made it, for a workload's own use: call it in evaluation mode and without gradient."""
     feed: Callable[[Iterable[Any]], Iterator[Any]] = field(init=False)
     """Moves pytrees of tensors (a `Batch` is one), one after the other, to the device."""
     component: Callable[[str, Any], Any] = field(init=False)
@@ -298,6 +298,6 @@ class RunContext:
         return self.config.data.source == "synthetic"
 
     def seed_for(self, *names: str | int) -> int:
-        """A 63-bit seed for one purpose, such as ("shuffle", epoch): a function of the run's seed and these names."""
+        """A 63-bit seed for one purpose, such as `("shuffle", epoch)`: a function of the run's seed and the names."""
         text = "/".join(str(n) for n in (self.seed, *names))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

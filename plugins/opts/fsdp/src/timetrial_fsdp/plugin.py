@@ -59,9 +59,8 @@ class Fsdp(Plugin):
     @hookimpl(wrapper=True)
     def build_step(self, ctx: RunContext) -> Generator[None, StepParts, StepParts]:
         assert self._sharded is not None
-        self._sharded.give_whole_states(
-            ctx.model, ctx.optimizer
-        )  # here, where it is what the other opts have made of it
+        # Not in make_optimizer: another opt may still put a different one in its place.
+        self._sharded.give_whole_states(ctx.model, ctx.optimizer)
         return (yield)
 
     @hookimpl(wrapper=True)
