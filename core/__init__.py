@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 INTERFACE = 1
-"""Version of the plugin interface (`core.hookspecs` and `core.types`); a plugin states the one it was built for."""
+"""Version of the plugin interface (`core.api.hooks` and `core.api.types`); a plugin states the one it was built for."""

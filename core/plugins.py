@@ -2,11 +2,11 @@
 
 import sys
 
-from core.discovery import Installed, discover
-from core.errors import PluginError, exit_status
-from core.report import print_table
-from core.resolve import capabilities
-from core.types import BackendSpec, Devices, PluginSpec
+from core.api.errors import PluginError, exit_status
+from core.api.types import BackendSpec, Devices, PluginSpec
+from core.compose.discovery import Installed, discover
+from core.compose.resolve import capabilities
+from core.state.report import print_table
 
 
 def main() -> int:

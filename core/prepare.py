@@ -20,13 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig, validate
-from core.discovery import discover
-from core.errors import DataError, TimetrialError, UsageError, exit_status
-from core.record import read_json, sha256, write_json
-from core.report import Progress
-from core.resolve import environment, plugin_manager
+from core.api.config import RunConfig, validate
+from core.api.errors import DataError, TimetrialError, UsageError, exit_status
+from core.compose.discovery import discover
+from core.compose.resolve import environment, plugin_manager
 from core.run import compose
+from core.state.record import read_json, sha256, write_json
+from core.state.report import Progress
 
 MANIFEST, NOTES = "manifest.json", ".notes"
 USAGE = "usage: python -m core.prepare workload=NAME source=PATH out=FOLDER [seed=N] [data.workers=N] [workload.KEY=V]"

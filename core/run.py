@@ -26,13 +26,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from core import __version__
-from core.config import unknown_key
-from core.discovery import KINDS, Registry, discover
-from core.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
-from core.launch import launch
-from core.record import new_run_name, write_failure
-from core.report import print_sweep, summary
-from core.resolve import resolve
+from core.api.config import unknown_key
+from core.api.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
+from core.compose.discovery import KINDS, Registry, discover
+from core.compose.resolve import resolve
+from core.launch.start import launch
+from core.state.record import new_run_name, write_failure
+from core.state.report import print_sweep, summary
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
 """Core's configuration: inside the package in a wheel, beside it in a checkout."""

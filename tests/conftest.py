@@ -40,8 +40,8 @@ def fake_plugin(tmp_path: Path) -> FakePlugin:
 
 PRELUDE = """
 from dataclasses import dataclass
-from core.hookspecs import hookimpl
-from core.types import BackendSpec, Devices, Evidence, OptSpec, Plugin
+from core.api.hooks import hookimpl
+from core.api.types import BackendSpec, Devices, Evidence, OptSpec, Plugin
 
 @dataclass(kw_only=True)
 class Config:

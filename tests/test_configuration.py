@@ -96,7 +96,7 @@ def test_an_opt_that_no_workload_component_answers_to_is_refused(tmp_path: Path,
 
 def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake_plugin) -> None:
     source = """
-    from core.types import WorkloadSpec
+    from core.api.types import WorkloadSpec
 
     class P(Plugin):
         spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))

@@ -306,7 +306,7 @@ import os, signal
 from pathlib import Path
 import core.testing.toy
 from core.testing.toy.plugin import Toy, ToyConfig
-from core.types import EvalCadence
+from core.api.types import EvalCadence
 from omegaconf import OmegaConf
 
 class P(Toy):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from core.api.types import OptSpec
 from core.testing.cli import environment
-from core.types import OptSpec
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 pytestmark = pytest.mark.skipif(not TOOLS.is_dir(), reason="tools are not part of the product")
@@ -134,7 +134,7 @@ def test_plugins_are_found_in_a_checkout_that_is_not_installed(
     paths = tool.make_site(tmp_path / "site", wheels)
     assert (tmp_path / "site/unpacked/missing_package.py").exists()
     assert not (tmp_path / "site/unpacked/torch.py").exists()  # the machine's own comes first
-    code = "from core.discovery import discover; r = discover(); print(*r.names('opt'), *r.names('workload'))"
+    code = "from core.compose.discovery import discover; r = discover(); print(*r.names('opt'), *r.names('workload'))"
     # Of the installed packages only those that discovery imports, so that no installed plugin is seen.
     import pluggy
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import DataError
+from core.api.errors import DataError
 from core.prepare import check_manifest
 from core.testing.cli import environment
 
 WORKLOAD = """
 import os, signal, time
-from core.types import WorkloadSpec
+from core.api.types import WorkloadSpec
 
 def shout(path, source, kill):
     if kill and os.path.exists(kill):

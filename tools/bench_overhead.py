@@ -112,7 +112,7 @@ class Stopwatch:
 
 
 def parameters_hash(model: Any) -> str:
-    """As core.checkpoint.parameters_hash, written out for the same reason: an import would count as CPU time."""
+    """As core.state.checkpoint.parameters_hash, written out for the same reason: an import would count as CPU time."""
     import torch
 
     digest = hashlib.sha256()

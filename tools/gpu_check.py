@@ -568,7 +568,7 @@ def broken(report: dict[str, Any]) -> list[str]:
 
 def load_specs(registry: Any, names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Specs of the opts, and why the others cannot be loaded."""
-    from core.errors import PluginError
+    from core.api.errors import PluginError
 
     specs: dict[str, Any] = {}
     problems: list[str] = []
@@ -643,7 +643,7 @@ def main() -> int:
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
         import torch
 
-        from core.discovery import discover
+        from core.compose.discovery import discover
 
         registry = discover()
         names = given.opts.split(",") if given.opts else [n for n in registry.names("opt") if n not in PROBES]

@@ -70,7 +70,7 @@ def run_ranks(*overrides: str, run_dir: Path, fault: str = "") -> Outcome:
 
 
 def run_cli(*overrides: str, run_dir: Path, fault: str = "", cwd: Path | None = None, **env: str) -> Outcome:
-    """`python -m core.run OVERRIDES run_dir=RUN_DIR`; `fault` is armed as core/testing/faults.py describes."""
+    """`python -m core.run OVERRIDES run_dir=RUN_DIR`; `fault` is armed as core/api/faults.py describes."""
     return run_raw(*overrides, f"run_dir={run_dir}", cwd=cwd or run_dir.parent, run_dir=run_dir, fault=fault, **env)
 
 

@@ -66,7 +66,7 @@ def _printed(folder: str) -> tuple[str, str]:
 
 
 def _serve() -> None:
-    for module in ("hydra", "torch._dynamo", "core.run", "core.launch", "core.worker"):
+    for module in ("hydra", "torch._dynamo", "core.run", "core.launch.start", "core.engine.worker"):
         importlib.import_module(module)  # torch._dynamo since an optimizer's first step would import it
 
     for line in sys.stdin:

@@ -12,9 +12,9 @@ from typing import Literal, cast
 
 import torch
 
-from core.discovery import Installed, discover
+from core.api.types import OptSpec
+from core.compose.discovery import Installed, discover
 from core.testing.cli import Outcome, run_ranks
-from core.types import OptSpec
 
 RANKS = 4
 """For opts that require several: two nodes of two, where an opt is told so."""

@@ -19,11 +19,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from core.config import validate
-from core.discovery import Installed, discover
-from core.errors import UsageError
+from core.api.config import validate
+from core.api.errors import UsageError
+from core.api.types import BackendSpec, Kind, OptSpec
+from core.compose.discovery import Installed, discover
 from core.testing.cli import Outcome, run_cli, run_ranks
-from core.types import BackendSpec, Kind, OptSpec
 
 OPT_CARD = (
     "What it does", "Use it", "Settings", "What it changes numerically", "Expected effect", "When it hurts",
@@ -68,8 +68,9 @@ class PluginSuite:
 
     def test_is_discovered_from_metadata_without_being_imported(self) -> None:
         package = self.installed.target.partition(":")[0].rpartition(".")[0]
-        code = f"import sys; from core.discovery import discover; discover().find({self.kind!r}, {self.name!r}); " + (
-            f"assert {package!r} not in sys.modules"
+        code = (
+            f"import sys; from core.compose.discovery import discover; discover().find({self.kind!r}, {self.name!r}); "
+            + (f"assert {package!r} not in sys.modules")
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -6,8 +6,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.hookspecs import hookimpl
-from core.types import Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
+from core.api.hooks import hookimpl
+from core.api.types import Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
 
 
 @dataclass(kw_only=True)

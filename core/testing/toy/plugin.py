@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Plugin, WorkloadSpec
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Plugin, WorkloadSpec
 
 if TYPE_CHECKING:
+    from core.api.types import RunContext
     from core.testing.toy.workload import ToyWorkload
-    from core.types import RunContext
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_share
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target
 from core.testing.toy.plugin import Toy, ToyConfig
-from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target
 
 
 class ToyWorkload:

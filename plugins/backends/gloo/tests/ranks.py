@@ -32,7 +32,7 @@ def exchange(group: process_group.ProcessGroup) -> None:
 
 
 def gradients(group: process_group.ProcessGroup) -> None:
-    """Unequal shares (3 and 1 examples), weighted as `core.types.Batch` says."""
+    """Unequal shares (3 and 1 examples), weighted as `core.api.types.Batch` says."""
     torch.manual_seed(group.rank)  # the ranks start apart: DistributedDataParallel takes rank 0's parameters
     model = process_group.distribute(nn.Linear(5, 3), CPU, bucket_cap_mb=25.0)
     x_NF = torch.randn(4, 5, generator=torch.Generator().manual_seed(7))

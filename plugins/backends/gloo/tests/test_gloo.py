@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import TimetrialError
+from core.api.errors import TimetrialError
 from core.testing.cli import run_program
 from timetrial_gloo import process_group
 from timetrial_gloo.plugin import probe

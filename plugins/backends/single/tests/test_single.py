@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_single.plugin import OneProcess, Single, SingleConfig, probe
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import UsageError
-from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.api.errors import UsageError
+from core.api.hooks import PROJECT, Hooks, hookimpl
 from core.testing.suites import cached_run
 from timetrial_activation_checkpointing.blocks import CheckpointedBlock, statistics_kept
 from timetrial_activation_checkpointing.plugin import ActivationCheckpointing, ActivationCheckpointingConfig

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.config import validate
-from core.errors import UsageError
-from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.api.config import validate
+from core.api.errors import UsageError
+from core.api.hooks import PROJECT, Hooks, hookimpl
 from timetrial_amp.autocast import observe
 from timetrial_amp.plugin import Amp, AmpConfig
 

@@ -13,11 +13,11 @@ import psutil
 import safetensors.torch
 import torch
 
-from core.resolve import RunPlan
+from core.api.types import RunContext
+from core.compose.resolve import RunPlan
+from core.engine.worker import evaluator
 from core.testing.cli import Outcome, environment, run_ranks
 from core.testing.suites import cached_run
-from core.types import RunContext
-from core.worker import evaluator
 from timetrial_async_selfplay.process import _Apart
 
 # Four steps in each generation.

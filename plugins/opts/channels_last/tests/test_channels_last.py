@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.api.hooks import PROJECT, Hooks, hookimpl
+from core.api.types import Batch
 from core.testing.cli import run_cli
-from core.types import Batch
 from timetrial_channels_last.layout import convert_data, convert_weights, probe, share_of_weights
 from timetrial_channels_last.plugin import ChannelsLast, ChannelsLastConfig
 

@@ -89,7 +89,7 @@ def test_a_recording_replays_new_random_numbers() -> None:
 
 FAILING = """
 import torch
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_cuda_graphs.cuda import CudaCapture, refusing
 
 with torch.cuda.stream(torch.cuda.Stream()):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.worker  # noqa: F401  # registers Batch as a pytree
-from core.errors import UsageError
-from core.types import Batch
+import core.engine.worker  # noqa: F401  # registers Batch as a pytree
+from core.api.errors import UsageError
+from core.api.types import Batch
 from timetrial_cuda_graphs.cuda import refusing
 from timetrial_cuda_graphs.graphed import Graphed
 from timetrial_cuda_graphs.optimizer import make_capturable, replayable

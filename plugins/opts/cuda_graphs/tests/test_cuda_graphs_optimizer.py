@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_cuda_graphs.optimizer import make_capturable, replayable
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import OutOfMemoryError, UsageError
+from core.api.errors import OutOfMemoryError, UsageError
 from timetrial_cuda_graphs.evidence import of_parts
 from timetrial_cuda_graphs.parts import Part, graph_parts
 

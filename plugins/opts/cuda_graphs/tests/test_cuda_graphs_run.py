@@ -10,11 +10,11 @@ from typing import Any
 import pluggy
 import pytest
 
-from core.config import validate
-from core.errors import UsageError
-from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.api.config import validate
+from core.api.errors import UsageError
+from core.api.hooks import PROJECT, Hooks, hookimpl
+from core.api.types import WorkloadSpec
 from core.testing.cli import Outcome, run_cli, run_program
-from core.types import WorkloadSpec
 from timetrial_cuda_graphs.plugin import CudaGraphs, CudaGraphsConfig
 
 CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "max_shapes": 16, "inference": True}

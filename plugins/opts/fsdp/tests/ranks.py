@@ -39,7 +39,7 @@ def each_rank_holds_a_part_under_the_same_names() -> None:
 
 
 def gradients_are_the_mean_over_ranks_of_weighted_shares() -> None:
-    """Shares of 3 and 1 examples, weighted as `core.types.Batch` says."""
+    """Shares of 3 and 1 examples, weighted as `core.api.types.Batch` says."""
     for reshard in (True, False):
         plain, model = network().eval(), network().eval()
         sharded(model, reshard)

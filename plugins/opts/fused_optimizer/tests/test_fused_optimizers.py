@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_fused_optimizer.optimizers import OPTIMIZERS, fuse
 
 STEPS = 50
@@ -74,7 +74,7 @@ def rate(step: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """As core/loop.py does."""
+    """As core/engine/loop.py does."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], float):
             group["lr"] = value

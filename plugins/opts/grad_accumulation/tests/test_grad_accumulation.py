@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from core.errors import UsageError
-from core.hookspecs import PROJECT, Hooks, hookimpl
-from core.types import Batch, Outputs, StepParts
+from core.api.errors import UsageError
+from core.api.hooks import PROJECT, Hooks, hookimpl
+from core.api.types import Batch, Outputs, StepParts
 from timetrial_grad_accumulation.accumulation import Accumulation, combine, split
 from timetrial_grad_accumulation.plugin import GradAccumulation, GradAccumulationConfig
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.config import validate
-from core.errors import UsageError
+from core.api.config import validate
+from core.api.errors import UsageError
 from core.testing.cli import Outcome, run_cli
 from core.testing.suites import assert_close, cached_run
 from timetrial_gradient_compression.exchange import Bf16, PowerSgd

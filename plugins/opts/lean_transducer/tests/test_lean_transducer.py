@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from core.testing.cli import run_cli
 from timetrial_lean_transducer.loss import LeanLoss
 from timetrial_lean_transducer.plugin import LeanTransducer, LeanTransducerConfig

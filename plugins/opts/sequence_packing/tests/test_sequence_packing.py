@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from core.types import Batch
+from core.api.types import Batch
 from timetrial_sequence_packing.encoder import Encoder
 from timetrial_sequence_packing.packing import IGNORED, Counts, Rounding, best_fit, narrowest, pack, packed
 from timetrial_sequence_packing.plugin import SequencePacking, SequencePackingConfig

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_sharp.in_network import log_file, plugin_library, read_log
 from timetrial_sharp.nodes import declared
 from timetrial_sharp.plugin import Sharp, SharpConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_sharp.nodes import declared, launched, launcher_node, refuse_two_levels
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import EXIT_CODES
+from core.api.errors import EXIT_CODES
 from core.testing.cli import run_cli, run_program
 from core.testing.hosts import problem, start_ranks, two_hosts
 

@@ -93,10 +93,10 @@ def cuda_waits(step: Callable[[], object]) -> int:
 
 def instead_of_the_loop(overrides: list[str], train: Callable[..., str]) -> int:
     """Runs core's own command up to the loop, and `train` in the loop's place. Returns the exit status."""
+    import core.engine.worker
     import core.run
-    import core.worker
 
-    core.worker.train = train
+    core.engine.worker.train = train
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["core.run", *overrides, "checkpoint.at_end=false", f"run_dir={folder}/run"]
         with contextlib.redirect_stdout(sys.stderr):

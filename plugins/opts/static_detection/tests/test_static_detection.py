@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torchvision import ops
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from core.api.types import Batch
 from core.testing.cli import environment, run_ranks
 from core.testing.suites import cached_run
-from core.types import Batch
 from timetrial_static_detection.fixed import Fixed, overlap, suppress
 from timetrial_static_detection.pasting import masks, run_lengths
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from core.discovery import Installed, discover
-from core.hookspecs import hookimpl
-from core.resolve import plugin_manager
+from core.api.hooks import hookimpl
+from core.api.types import WorkloadSpec
+from core.compose.discovery import Installed, discover
+from core.compose.resolve import plugin_manager
 from core.testing.cli import environment, run_cli
-from core.types import WorkloadSpec
 
 STEP = Path(__file__).parent.parent / "bench" / "step.py"
 GPU = ("workload=maskrcnn", "backend=single", "backend.device=cuda", "deterministic=false")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.types import StepParts
+from core.api.types import StepParts
 from timetrial_stream_overlap.updates import BackwardUpdates, average, buckets, obstacle
 
 CPU = torch.device("cpu")

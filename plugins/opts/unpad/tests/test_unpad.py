@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from core.types import Batch
+from core.api.types import Batch
 from timetrial_unpad.attention import flash, grouped, nested, one_by_one
 from timetrial_unpad.batch import IGNORED, Counts, unpad, unpadded
 from timetrial_unpad.encoder import Encoder

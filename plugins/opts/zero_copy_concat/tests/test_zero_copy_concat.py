@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.errors import UsageError
-from core.hookspecs import PROJECT, Hooks, hookimpl
+from core.api.errors import UsageError
+from core.api.hooks import PROJECT, Hooks, hookimpl
 from core.testing.cli import run_cli
 from timetrial_zero_copy_concat.plugin import ZeroCopyConcat, ZeroCopyConcatConfig
 from timetrial_zero_copy_concat.siblings import bytes_saved, find

@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 
 import timetrial_bert
-from core.config import DataConfig, validate
-from core.types import RunContext
+from core.api.config import DataConfig, validate
+from core.api.types import RunContext
 from timetrial_bert.plugin import Bert, BertConfig
 from timetrial_bert.workload import BertWorkload
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from core.errors import CheckpointError
+from core.api.errors import CheckpointError
 from timetrial_bert import checkpoints
 from timetrial_bert.workload import BertWorkload
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import mask, pairs, prediction_count
 from timetrial_bert.workload import BertWorkload

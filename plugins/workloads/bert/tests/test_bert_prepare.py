@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_bert import prepare
 from timetrial_bert.workload import BertWorkload
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_bert import embedded, wiki
 from timetrial_bert.text import documents, files, split_sentences
 

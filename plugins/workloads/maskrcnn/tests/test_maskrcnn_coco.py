@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet50
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_maskrcnn import model, weights
 from timetrial_maskrcnn.batch import collate
 from timetrial_maskrcnn.coco import Coco, GroupedSampler, resized

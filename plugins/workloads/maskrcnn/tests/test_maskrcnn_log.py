@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import timetrial_maskrcnn
-from core.config import validate
+from core.api.config import validate
 from core.testing.cli import run_cli, run_ranks
 from timetrial_maskrcnn.plugin import MaskRCNNConfig
 from timetrial_maskrcnn.weights import CLOSED_NAMES

@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 import timetrial_minigo
-from core.config import validate
-from core.types import RunContext
+from core.api.config import validate
+from core.api.types import RunContext
 from timetrial_minigo.plugin import MiniGo, MiniGoConfig
 from timetrial_minigo.workload import MiniGoWorkload
 

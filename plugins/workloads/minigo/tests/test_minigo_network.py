@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_minigo import network
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.types import RunContext
+from core.api.types import RunContext
 from timetrial_minigo.go import BLACK, WHITE, Go, Rules
 from timetrial_minigo.replay import Examples
 from timetrial_minigo.search import Evaluate, SearchSettings

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from core.testing.cli import Outcome, run_cli
 from timetrial_minigo import network
 from timetrial_minigo.workload import METRIC, MiniGoWorkload

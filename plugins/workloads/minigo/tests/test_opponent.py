@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.errors import TimetrialError, UsageError
+from core.api.errors import TimetrialError, UsageError
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go, Rules
 from timetrial_minigo.opponent import RESIGN, Choose, Game, OpenSpiel, Player, Program, gnu_go, play_match
 

@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 
 import timetrial_resnet
-from core.config import DataConfig, validate
-from core.types import RunContext
+from core.api.config import DataConfig, validate
+from core.api.types import RunContext
 from timetrial_resnet.plugin import ResNet
 from timetrial_resnet.workload import ResNetWorkload
 

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import timetrial_resnet
-from core.config import validate
-from core.errors import UsageError
+from core.api.config import validate
+from core.api.errors import UsageError
 from timetrial_resnet.plugin import ResNet
 
 CONF = Path(timetrial_resnet.__file__).parent / "conf" / "workload"

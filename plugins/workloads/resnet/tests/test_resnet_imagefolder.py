@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_resnet.crops import central_crop, random_box
 from timetrial_resnet.imagefolder import CHANNEL_MEANS, IGNORED
 from timetrial_resnet.workload import ResNetWorkload

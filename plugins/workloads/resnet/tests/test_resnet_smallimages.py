@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_resnet import digits, idx
 from timetrial_resnet.workload import ResNetWorkload
 

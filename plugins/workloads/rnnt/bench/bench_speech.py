@@ -20,8 +20,8 @@ import torch
 from omegaconf import OmegaConf
 
 import timetrial_rnnt
-from core.config import validate
-from core.types import RunContext
+from core.api.config import validate
+from core.api.types import RunContext
 from timetrial_rnnt.plugin import RnntConfig
 from timetrial_rnnt.workload import RnntWorkload
 

@@ -18,8 +18,8 @@ import torch
 from omegaconf import OmegaConf
 
 import timetrial_rnnt
-from core.config import DataConfig, validate
-from core.types import RunContext
+from core.api.config import DataConfig, validate
+from core.api.types import RunContext
 from timetrial_rnnt.plugin import Rnnt, RnntConfig
 from timetrial_rnnt.workload import RnntWorkload
 

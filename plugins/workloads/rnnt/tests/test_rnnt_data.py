@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_rnnt import spoken, synthesis
 from timetrial_rnnt.buckets import BucketSampler
 from timetrial_rnnt.workload import RnntWorkload

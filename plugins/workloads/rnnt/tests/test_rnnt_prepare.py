@@ -16,7 +16,7 @@ import sentencepiece
 import soundfile
 import torch
 
-from core.errors import DataError
+from core.api.errors import DataError
 from core.testing.cli import run_cli
 from timetrial_rnnt.workload import RnntWorkload
 

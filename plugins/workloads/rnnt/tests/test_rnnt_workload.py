@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import UsageError
+from core.api.errors import UsageError
+from core.api.types import Bucketed
 from core.testing.cli import run_cli, run_ranks
-from core.types import Bucketed
 from timetrial_rnnt.workload import METRIC, RnntWorkload
 
 MakeWorkload = Callable[..., RnntWorkload]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Backend, BackendSpec, Devices, Evidence, Forward, Plugin, RunContext
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Backend, BackendSpec, Devices, Evidence, Forward, Plugin, RunContext
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from core.types import Devices
+from core.api.types import Devices
 
 _REMEDY = "use backend=gloo (CPU) or backend=auto"
 

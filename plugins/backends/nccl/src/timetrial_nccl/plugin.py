@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import RunConfig, checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Backend, BackendSpec, Evidence, Forward, Plugin, RunContext
+from core.api.config import RunConfig, checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Backend, BackendSpec, Evidence, Forward, Plugin, RunContext
 from timetrial_nccl.devices import probe
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A torch.distributed process group as a `core.types.Backend`, and a model distributed over it.
+"""A torch.distributed process group as a `core.api.types.Backend`, and a model distributed over it.
 
 timetrial-gloo and timetrial-nccl ship the same file, since plugins do not import each other; a test compares the two.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.errors import TimetrialError
+from core.api.errors import TimetrialError
 
 SHUTDOWN_SECONDS = 10.0
 """How long to wait for outstanding collectives at the end: those that a failed peer never joins do not complete."""

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.config import RunConfig, checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Backend, BackendSpec, Devices, Evidence, Plugin, RunContext
+from core.api.config import RunConfig, checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Backend, BackendSpec, Devices, Evidence, Plugin, RunContext
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.config import checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
     from torch import nn

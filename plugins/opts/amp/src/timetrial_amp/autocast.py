@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from core.types import Outputs
+from core.api.types import Outputs
 
 _MATRIX_KERNEL = re.compile(
     r"(Convolution|Mkldnn|Cudnn|Thnn|Miopen|Addmm|Mm|Addbmm|Baddbmm|Bmm|Addmv|Mv|Linear|Scaled)\w*Backward"

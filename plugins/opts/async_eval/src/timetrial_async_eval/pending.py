@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from core.errors import TimetrialError
-from core.resolve import RunPlan
-from core.types import Forward, Pending, RunContext
+from core.api.errors import TimetrialError
+from core.api.types import Forward, Pending, RunContext
+from core.compose.resolve import RunPlan
 from timetrial_async_eval.process import Order, serve
 
 
@@ -58,7 +58,7 @@ class Evaluations:
         return self._result
 
     def _result(self, wait: bool) -> dict[str, float] | None:
-        """`core.types.Pending`. TimetrialError, on every rank, where the evaluator failed."""
+        """`core.api.types.Pending`. TimetrialError, on every rank, where the evaluator failed."""
         asked = time.perf_counter()
         answer = self._receive() if self._ctx.rank == 0 and (wait or self._pipe.poll()) else None
         answer = self._ctx.backend.broadcast(answer)

@@ -6,10 +6,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.config import checked
-from core.errors import PluginError
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.config import checked
+from core.api.errors import PluginError
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
     from timetrial_async_eval.pending import Evaluations

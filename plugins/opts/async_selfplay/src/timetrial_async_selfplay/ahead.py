@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import TimetrialError
-from core.resolve import RunPlan
-from core.types import RunContext
+from core.api.errors import TimetrialError
+from core.api.types import RunContext
+from core.compose.resolve import RunPlan
 from timetrial_async_selfplay.process import Order, serve
 
 Weights = dict[str, Tensor]

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from core.resolve import RunPlan
+from core.compose.resolve import RunPlan
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class _Player:
     def __init__(self, order: Order) -> None:
         import torch
 
-        from core.types import RunContext
-        from core.worker import evaluator
+        from core.api.types import RunContext
+        from core.engine.worker import evaluator
 
         torch.set_num_threads(order.threads)
         config = order.plan.root()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from core.types import Batch
+from core.api.types import Batch
 
 _PROBE_SIZE = 32
 """Height and width of the probe image: wider than any usual kernel, so that its layout is unambiguous."""

@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.errors import PluginError
-from core.hookspecs import hookimpl
-from core.types import Batch, Evidence, OptSpec, Plugin, RunContext
+from core.api.errors import PluginError
+from core.api.hooks import hookimpl
+from core.api.types import Batch, Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,9 +7,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin
 
 if TYPE_CHECKING:
     from torch import nn

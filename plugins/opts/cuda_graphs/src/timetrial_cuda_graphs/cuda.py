@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 
 def leave_the_default_stream(device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from core.types import Evidence
+from core.api.types import Evidence
 from timetrial_cuda_graphs.graphed import Seen
 from timetrial_cuda_graphs.parts import Part, Signature
 

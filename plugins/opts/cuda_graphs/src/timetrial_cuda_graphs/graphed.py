@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records the work of a function without doing it. Returns what does the work, each time anew, and the function's

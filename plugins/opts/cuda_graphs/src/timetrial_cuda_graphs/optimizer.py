@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 REMEDY = "add +opt=fused_optimizer"
 

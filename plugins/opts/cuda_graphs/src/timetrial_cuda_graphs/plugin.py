@@ -8,10 +8,10 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import RunConfig, checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Backend, Bucketed, Evidence, OptSpec, Plugin, RunContext, Workload
+from core.api.config import RunConfig, checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Backend, Bucketed, Evidence, OptSpec, Plugin, RunContext, Workload
 
 if TYPE_CHECKING:
     import torch

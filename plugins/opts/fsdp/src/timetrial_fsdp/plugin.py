@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.hookspecs import hookimpl
-from core.types import Evidence, Forward, OptSpec, Plugin, RunContext, StepParts
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, Forward, OptSpec, Plugin, RunContext, StepParts
 
 if TYPE_CHECKING:
     from torch import nn

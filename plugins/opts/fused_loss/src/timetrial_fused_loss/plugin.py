@@ -6,9 +6,9 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin
 
 if TYPE_CHECKING:
     from timetrial_fused_loss.loss import ChunkedLoss

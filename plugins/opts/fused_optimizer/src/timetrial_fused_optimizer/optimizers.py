@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 from timetrial_fused_optimizer.observe import Counting, Observed
 
 Group = dict[str, Any]

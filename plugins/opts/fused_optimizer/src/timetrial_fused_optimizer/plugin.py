@@ -6,8 +6,8 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin
 
 if TYPE_CHECKING:
     import torch

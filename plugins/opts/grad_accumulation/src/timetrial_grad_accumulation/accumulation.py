@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from core.errors import UsageError
-from core.types import Batch, Outputs, Step
+from core.api.errors import UsageError
+from core.api.types import Batch, Outputs, Step
 
 
 def split(batch: Batch, steps: int, world_size: int) -> list[Batch]:
     """`batch` as at most `steps` micro-batches along dimension 0, whose weights sum to the batch's own.
 
     Their sizes differ by at most one example. Their number is the same on all ranks where the ranks' shares of a batch
-    differ by at most one example (`core.data`), as collectives inside the model need. UsageError if a tensor of two
+    differ by at most one example (`core.api.data`), as collectives inside the model need. UsageError if a tensor of two
     or more shares no first dimension with the others; scalars and other data go to every micro-batch.
     """
     leaves, structure = pytree.tree_flatten(batch.data)

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext, StepParts
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin, RunContext, StepParts
 
 if TYPE_CHECKING:
     from timetrial_grad_accumulation.accumulation import Accumulation

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.futures import Future
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 ORTHOGONALIZATION_EPSILON = 1e-8
 """Added to the norm of each column, as torch proposes where a gradient may be all zeros; else it would become NaN."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.config import checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
     from timetrial_gradient_compression.exchange import Bf16, PowerSgd

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 
 @dataclass(frozen=True)

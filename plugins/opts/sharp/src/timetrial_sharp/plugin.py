@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from core.config import RunConfig, checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Backend, Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
+from core.api.config import RunConfig, checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Backend, Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
 from timetrial_sharp import in_network
 from timetrial_sharp.nodes import Nodes, declared, launched, launcher_node, refuse_two_levels
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from core.types import Batch
+from core.api.types import Batch
 from timetrial_static_detection import pasting
 
 MIN_SIDE = 1e-3

@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Batch, Evidence, OptSpec, Plugin, RunContext, Workload
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Batch, Evidence, OptSpec, Plugin, RunContext, Workload
 
 if TYPE_CHECKING:
     from timetrial_static_detection.fixed import Fixed

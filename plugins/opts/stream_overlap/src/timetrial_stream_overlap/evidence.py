@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.types import Evidence, Numerics
+from core.api.types import Evidence, Numerics
 from timetrial_stream_overlap.overlap import Hidden
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, RunContext, StepParts
+from core.api.config import checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, RunContext, StepParts
 
 if TYPE_CHECKING:
     from torch import nn

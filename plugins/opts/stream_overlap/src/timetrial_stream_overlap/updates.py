@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
-from core.types import StepParts
+from core.api.types import StepParts
 from timetrial_stream_overlap.window import span
 
 UPDATE = "stream_overlap.update"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.types import Batch
+from core.api.types import Batch
 
 PADDED = frozenset(
     {"input_ids", "token_type_ids", "attention_mask", "masked_positions", "masked_labels", "next_sentence_labels"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 
 class Siblings:

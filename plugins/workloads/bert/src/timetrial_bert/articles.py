@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import DataError
-from core.types import RunContext
+from core.api.errors import DataError
+from core.api.types import RunContext
 from timetrial_bert import embedded, wordpiece
 from timetrial_bert.batch import Example
 from timetrial_bert.pairs import Pair, mask, pairs, prediction_count

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from core.errors import CheckpointError
+from core.api.errors import CheckpointError
 
 STARTER = Path(__file__).parent / "assets" / "starter.safetensors"
 

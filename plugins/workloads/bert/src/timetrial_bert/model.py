@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining
 from transformers.initialization import no_init_weights
 
-from core.types import Outputs
+from core.api.types import Outputs
 from timetrial_bert.batch import IGNORED
 
 SIZES = {

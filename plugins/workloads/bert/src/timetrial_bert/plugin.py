@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Plugin, WorkloadSpec
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Plugin, WorkloadSpec
 
 if TYPE_CHECKING:
-    from core.config import RunConfig
+    from core.api.config import RunConfig
+    from core.api.types import RunContext
     from core.prepare import Preparation
-    from core.types import RunContext
     from timetrial_bert.workload import BertWorkload
 
 SIZES = ("tiny", "mini", "small", "medium", "base", "large")

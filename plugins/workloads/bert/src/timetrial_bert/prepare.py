@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import Example, mask, pairs, prediction_count
 from timetrial_bert.text import documents, files

@@ -12,13 +12,13 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
-from core.errors import DataError
+from core.api.errors import DataError
 from core.prepare import check_manifest
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import Example, mask
 
 if TYPE_CHECKING:
-    from core.types import RunContext
+    from core.api.types import RunContext
     from timetrial_bert.plugin import BertConfig
 
 PARTS = ("train", "eval")

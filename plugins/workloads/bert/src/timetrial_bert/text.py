@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_bert import wiki
 
 Document = list[str]

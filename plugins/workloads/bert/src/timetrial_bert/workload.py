@@ -10,9 +10,9 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 
-from core.data import EpochSampler, eval_share
-from core.errors import UsageError
-from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.data import EpochSampler, eval_share
+from core.api.errors import UsageError
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import IGNORED, collate

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from core.data import EpochSampler
-from core.errors import DataError
+from core.api.data import EpochSampler
+from core.api.errors import DataError
 from timetrial_maskrcnn.batch import Example
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,14 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.errors import UsageError
-from core.hookspecs import hookimpl
-from core.types import Plugin, WorkloadSpec
+from core.api.config import checked
+from core.api.errors import UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Plugin, WorkloadSpec
 
 if TYPE_CHECKING:
+    from core.api.types import RunContext
     from core.prepare import Preparation
-    from core.types import RunContext
     from timetrial_maskrcnn.workload import MaskRCNNWorkload
 
 

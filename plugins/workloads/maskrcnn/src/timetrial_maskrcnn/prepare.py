@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import DataError
+from core.api.errors import DataError
 
 if TYPE_CHECKING:
     from core.prepare import Preparation

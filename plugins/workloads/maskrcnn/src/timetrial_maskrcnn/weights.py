@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core.errors import DataError
+from core.api.errors import DataError
 
 LAYOUT = "a state dict of torchvision's resnet50, as .safetensors, or as .pth written by torch.save"
 

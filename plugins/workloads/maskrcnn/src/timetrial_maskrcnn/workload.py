@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.data import EpochSampler
-from core.errors import DataError
+from core.api.data import EpochSampler
+from core.api.errors import DataError
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from core.prepare import check_manifest
-from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_maskrcnn import digits, evaluation, weights
 from timetrial_maskrcnn.batch import Example, collate
 from timetrial_maskrcnn.coco import Coco, GroupedSampler

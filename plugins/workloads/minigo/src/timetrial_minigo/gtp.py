@@ -20,8 +20,8 @@ from typing import Any, TextIO
 import torch
 
 from core import __version__
-from core.config import checked, validate
-from core.errors import exit_status
+from core.api.config import checked, validate
+from core.api.errors import exit_status
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go
 from timetrial_minigo.notation import parse_vertex, vertex
 from timetrial_minigo.opponent import Choose

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from core.errors import UsageError
+from core.api.errors import UsageError
 
 BATCH_NORM_MOMENTUM = 0.05
 """Weight of a new batch in the running statistics; the reference's momentum of 0.95 weighs the old ones."""

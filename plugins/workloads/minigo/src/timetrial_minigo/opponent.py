@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import TimetrialError, UsageError
+from core.api.errors import TimetrialError, UsageError
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go, Rules
 from timetrial_minigo.notation import COLOURS, parse_vertex, vertex
 

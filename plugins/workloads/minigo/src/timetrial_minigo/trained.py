@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from core.config import validate
-from core.errors import UsageError
-from core.resolve import RunPlan
+from core.api.config import validate
+from core.api.errors import UsageError
+from core.compose.resolve import RunPlan
 from timetrial_minigo import gating, network
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose

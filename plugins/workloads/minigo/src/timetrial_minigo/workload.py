@@ -12,10 +12,10 @@ from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.data import EpochSampler, eval_share
-from core.errors import UsageError
-from core.testing import faults
-from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api import faults
+from core.api.data import EpochSampler, eval_share
+from core.api.errors import UsageError
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_minigo import features, gating, network, sgf
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose, Game, OpenSpiel, play_match

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from core.data import EpochSampler, eval_share
-from core.errors import DataError
-from core.types import Batch, RunContext
+from core.api.data import EpochSampler, eval_share
+from core.api.errors import DataError
+from core.api.types import Batch, RunContext
 from timetrial_resnet.crops import central_crop, random_crop
 
 CHANNELS = 3

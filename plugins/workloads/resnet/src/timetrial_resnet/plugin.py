@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Plugin, WorkloadSpec
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Plugin, WorkloadSpec
 
 if TYPE_CHECKING:
-    from core.types import RunContext
+    from core.api.types import RunContext
     from timetrial_resnet.workload import ResNetWorkload
 
 ARCHITECTURES = ("resnet8", "resnet14", "resnet18", "resnet34", "resnet50")

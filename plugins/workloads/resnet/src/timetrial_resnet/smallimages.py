@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data import EpochSampler, eval_share
-from core.errors import DataError
-from core.types import Batch, RunContext
+from core.api.data import EpochSampler, eval_share
+from core.api.errors import DataError
+from core.api.types import Batch, RunContext
 from timetrial_resnet import digits, idx
 from timetrial_resnet.augment import Augmentation
 

@@ -29,7 +29,7 @@ from timetrial_rnnt import features
 from timetrial_rnnt.text import Tokens
 
 if TYPE_CHECKING:
-    from core.types import RunContext
+    from core.api.types import RunContext
     from timetrial_rnnt.plugin import RnntConfig
 
 AHEAD = 2

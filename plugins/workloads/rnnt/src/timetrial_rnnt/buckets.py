@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.data import EpochSampler, Share
+from core.api.data import EpochSampler, Share
 
 
 @dataclass(frozen=True, kw_only=True)

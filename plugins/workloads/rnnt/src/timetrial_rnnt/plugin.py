@@ -6,13 +6,13 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.config import checked
-from core.hookspecs import hookimpl
-from core.types import Plugin, StepParts, WorkloadSpec
+from core.api.config import checked
+from core.api.hooks import hookimpl
+from core.api.types import Plugin, StepParts, WorkloadSpec
 
 if TYPE_CHECKING:
+    from core.api.types import Evaluate, Forward, RunContext
     from core.prepare import Preparation
-    from core.types import Evaluate, Forward, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
 

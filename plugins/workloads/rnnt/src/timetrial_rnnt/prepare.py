@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from core.errors import DataError
+from core.api.errors import DataError
 from timetrial_rnnt.text import LETTERS, SentencePieces, normalise
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import DataError
+from core.api.errors import DataError
 from core.prepare import check_manifest
 from timetrial_rnnt.prepare import INDEX, MODEL, RATE
 from timetrial_rnnt.text import Letters, SentencePieces, Tokens
 
 if TYPE_CHECKING:
-    from core.types import RunContext
+    from core.api.types import RunContext
     from timetrial_rnnt.plugin import RnntConfig
 
 MUST_AGREE = ("tokens", "vocab_size", "max_duration")

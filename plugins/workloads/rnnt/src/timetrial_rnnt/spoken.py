@@ -18,15 +18,15 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 
-from core.errors import DataError
-from core.record import sha256
-from core.report import Progress
+from core.api.errors import DataError
+from core.state.record import sha256
+from core.state.report import Progress
 from timetrial_rnnt import synthesis
 from timetrial_rnnt.features import RATE
 from timetrial_rnnt.text import Letters, Tokens
 
 if TYPE_CHECKING:
-    from core.types import RunContext
+    from core.api.types import RunContext
     from timetrial_rnnt.plugin import RnntConfig
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from core.errors import DataError
+from core.api.errors import DataError
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"
 """The reference's alphabet: baseline_v3-1023sp.yaml, `labels`."""

@@ -14,8 +14,8 @@ from mlperf_logging.mllog import constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.errors import UsageError
-from core.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.errors import UsageError
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.record import read_json
+from core.state.record import read_json
 
 
 class Progress:

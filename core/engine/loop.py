@@ -6,8 +6,8 @@ A run is a sequence of *blocks*: train until the next evaluation is due, evaluat
 
 from collections.abc import Callable, Iterable
 
-from core.types import Batch, Quality, RunContext, Step
-from core.watch import Watch
+from core.api.types import Batch, Quality, RunContext, Step
+from core.engine.watch import Watch
 
 
 def train(

@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from pluggy import PluginManager, PluginValidationError
 
 from core import __version__
-from core.config import RunConfig, validate
-from core.discovery import Installed, Registry
-from core.errors import PluginError, UsageError
-from core.hookspecs import PROJECT, Hooks
-from core.types import BackendSpec, Devices, OptSpec
+from core.api.config import RunConfig, validate
+from core.api.errors import PluginError, UsageError
+from core.api.hooks import PROJECT, Hooks
+from core.api.types import BackendSpec, Devices, OptSpec
+from core.compose.discovery import Installed, Registry
 
 PLAN_SCHEMA = 2
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from core import INTERFACE
-from core.errors import PluginError, nearest
-from core.types import Kind, Plugin
+from core.api.errors import PluginError, nearest
+from core.api.types import Kind, Plugin
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -54,7 +54,7 @@ class Installed:
         except Exception as error:
             raise PluginError(f"{who} cannot be imported, reinstall it: {type(error).__name__}: {error}") from error
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
-            raise PluginError(f"{who}: {self.target} is not a subclass of core.types.Plugin")
+            raise PluginError(f"{who}: {self.target} is not a subclass of core.api.types.Plugin")
         if plugin.spec.interface != INTERFACE:
             built = f"{who} was built for interface {plugin.spec.interface}"
             raise PluginError(f"{built}, but this core has interface {INTERFACE}: install releases that fit")

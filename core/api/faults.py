@@ -14,8 +14,8 @@ import re
 import signal
 from dataclasses import dataclass
 
-from core.errors import UsageError
-from core.types import Batch, Outputs, Position, Step
+from core.api.errors import UsageError
+from core.api.types import Batch, Outputs, Position, Step
 
 VARIABLE = "TIMETRIAL_FAULT"
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
@@ -46,7 +46,7 @@ def armed() -> Fault | None:
         return None
     match = re.fullmatch(r"([a-z.]+)@(\d+)=(kill|term|int|stop|error|nan)(?::(\d+))?", text)
     if match is None:
-        raise UsageError(f"{VARIABLE}={text} is not POINT@STEP=ACTION[:RANK]; see core/testing/faults.py")
+        raise UsageError(f"{VARIABLE}={text} is not POINT@STEP=ACTION[:RANK]; see core/api/faults.py")
     point, step, action, rank = match.groups()
     return Fault(point, int(step), action, None if rank is None else int(rank))
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from core.config import RunConfig
-from core.errors import EXIT_CODES, TimetrialError, UsageError
-from core.record import new_run_name, read_json, update_result, write_failure, write_json
-from core.resolve import RunPlan
+from core.api.config import RunConfig
+from core.api.errors import EXIT_CODES, TimetrialError, UsageError
+from core.compose.resolve import RunPlan
+from core.state.record import new_run_name, read_json, update_result, write_failure, write_json
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
@@ -30,7 +30,7 @@ def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
     os.environ.update({**ours, **before})  # a variable that the user has set wins
     try:
         if "RANK" in os.environ or (plan.world_size == 1 and not isolate):
-            from core.worker import run_rank  # imports torch
+            from core.engine.worker import run_rank  # imports torch
 
             code = run_rank(plan)
         else:
@@ -112,7 +112,7 @@ def _elastic(plan: RunPlan) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the cause is ours to print, in one line
     arguments = ["--standalone", f"--nproc-per-node={plan.world_size}", "--max-restarts=0"]
     try:
-        torchrun.run(torchrun.parse_args([*arguments, "-m", "core.worker", plan.run_dir]))
+        torchrun.run(torchrun.parse_args([*arguments, "-m", "core.engine.worker", plan.run_dir]))
         return 0
     except SignalException:
         return EXIT_CODES["stopped"]

@@ -17,10 +17,10 @@ import psutil
 import torch
 from mlperf_logging.mllog import constants
 
-from core.errors import EXIT_CODES, DivergedError, StoppedError
-from core.record import Record
-from core.report import Progress, quality_text
-from core.types import Position, Quality, RunContext
+from core.api.errors import EXIT_CODES, DivergedError, StoppedError
+from core.api.types import Position, Quality, RunContext
+from core.state.record import Record
+from core.state.report import Progress, quality_text
 
 _MAX_INTERVAL = 10_000  # most steps between two looks: so many losses are kept on the device in between
 _SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "train_seconds", "started_at")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from core.errors import UsageError, nearest
+from core.api.errors import UsageError, nearest
 
 T = TypeVar("T")
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from core.config import RunConfig
+    from core.api.config import RunConfig
+    from core.api.types import Backend, Batch, Evaluate, Evidence, Position, RunContext, StepParts, Workload
     from core.prepare import Preparation
-    from core.types import Backend, Batch, Evaluate, Evidence, Position, RunContext, StepParts, Workload
 
 PROJECT = "timetrial"
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -21,10 +21,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from core.errors import CheckpointError
-from core.record import sha256
-from core.testing import faults
-from core.types import Backend
+from core.api import faults
+from core.api.errors import CheckpointError
+from core.api.types import Backend
+from core.state.record import sha256
 
 FORMAT = 2
 

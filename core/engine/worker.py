@@ -21,15 +21,15 @@ import torch
 from mlperf_logging.mllog import constants
 from torch.utils import _pytree as pytree
 
-from core import checkpoint
-from core.errors import EXIT_CODES, OutOfMemoryError, PluginError, TimetrialError, UsageError
-from core.hookspecs import hookimpl
-from core.loop import train
-from core.record import Record, describe_system, update_result, write_json
-from core.resolve import RunPlan, plugin_manager
-from core.testing import faults
-from core.types import Batch, Evidence, OptSpec, Outputs, Plugin, Quality, RunContext, Step, StepParts
-from core.watch import Signals, Watch
+from core.api import faults
+from core.api.errors import EXIT_CODES, OutOfMemoryError, PluginError, TimetrialError, UsageError
+from core.api.hooks import hookimpl
+from core.api.types import Batch, Evidence, OptSpec, Outputs, Plugin, Quality, RunContext, Step, StepParts
+from core.compose.resolve import RunPlan, plugin_manager
+from core.engine.loop import train
+from core.engine.watch import Signals, Watch
+from core.state import checkpoint
+from core.state.record import Record, describe_system, update_result, write_json
 
 
 class Baseline:
@@ -294,7 +294,7 @@ def _without_gradient(ctx: RunContext, function: Callable[[Any], Any], argument:
 
 
 def main() -> int:
-    """A process started by the launcher: `python -m core.worker RUN_DIR`."""
+    """A process started by the launcher: `python -m core.engine.worker RUN_DIR`."""
     run_dir = Path(sys.argv[1])
     code = run_rank(RunPlan.load(run_dir / "resolved.yaml"))
     # A run that came to an end, whatever its status, exits with 0: at any other the launcher stops the other ranks.

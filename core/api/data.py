@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import DataError
+from core.api.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import psutil
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
-from core.config import SubmissionConfig
-from core.errors import TimetrialError
-from core.types import Position, RunContext
+from core.api.config import SubmissionConfig
+from core.api.errors import TimetrialError
+from core.api.types import Position, RunContext
 
 RESULT_SCHEMA = 1
 _SOFTWARE = ("timetrial", "torch", "torchvision", "torchaudio", "transformers", "hydra-core", "mlperf-logging", "numpy")
@@ -38,7 +38,7 @@ class Record:
         self.continued = bool(offsets)
         self._files: dict[str, IO[str]] = {}
         logger = logging.Logger("timetrial.mllog", logging.INFO)  # one run's lines must not reach another's log
-        self.mllog = MLLogger(logger, root_dir=str(Path(__file__).parent.parent))
+        self.mllog = MLLogger(logger, root_dir=str(Path(__file__).parents[2]))
         try:
             for name in ("result_0.txt", "metrics.jsonl") if enabled else ():
                 path = run_dir / name

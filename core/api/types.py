@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from core.config import RunConfig
+    from core.api.config import RunConfig
 
 Numerics = Literal["bitwise", "tolerance", "changes"]
 Kind = Literal["workload", "backend", "opt"]

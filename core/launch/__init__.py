@@ -1,0 +1,1 @@
+"""From a plan to worker processes, and to one exit status."""
