@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-INTERFACE = 1
-"""Version of the plugin interface (`core.api.hooks` and `core.api.types`); a plugin states the one it was built for."""
+INTERFACE = 2
+"""Version of the plugin interface (`core.api`); a plugin states the one it was built for."""

@@ -34,6 +34,8 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class LaunchConfig:
+    """What every launcher's `Config` has."""
+
     nproc: int = checked(at_least=1)
     timeout_s: float = checked(above=0)
     environment: dict[str, str]
@@ -65,13 +67,16 @@ class SubmissionConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The root configuration. `workload`, `backend` and each `opt` are checked against their plugin's own `Config`."""
+    """The root configuration. Parts typed Any are checked against their plugin's own `Config`."""
 
     workload: Any
     backend: Any
+    launch: Any
     opt: dict[str, Any]
+    tracker: dict[str, Any]
+    default_exchange: str | None
+    default_trackers: list[str]
     data: DataConfig
-    launch: LaunchConfig
     stop: StopConfig
     checkpoint: CheckpointConfig
     submission: SubmissionConfig
@@ -81,7 +86,8 @@ class RunConfig:
     resume: str
     resume_changed: bool
     score_restarts: bool
-    warmup_steps: int = checked(at_least=0)
+    record_hostname: bool
+    prewarm_steps: int = checked(at_least=0)
     log_seconds: float = checked(above=0)
 
 
