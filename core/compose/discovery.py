@@ -70,7 +70,7 @@ class Installed:
             raise PluginError(f"{who}: {self.target} is not a subclass of core.api.types.Plugin")
         if plugin.spec.interface != INTERFACE:
             built = f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}"
-            raise PluginError(f"{built}: install releases that fit, or port it as docs/interface-2.md describes")
+            raise PluginError(f"{built}: install releases that fit, or port it as core/api/MIGRATION.md describes")
         return plugin
 
     def source_hash(self) -> str:

@@ -52,7 +52,7 @@ def start(
     process = spawn.Process(target=_main, args=(order, theirs), daemon=True)
     process.start()
     theirs.close()  # so that the end of the process is the end of the pipe
-    return Sidecar(process, ours)
+    return Sidecar(process, ours)  # pyright: ignore[reportArgumentType]  # on Windows the class has another name
 
 
 class _Apart:

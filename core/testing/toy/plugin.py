@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from core.testing.toy.workload import ToyWorkload
 
 
+SPEC = WorkloadSpec(
+    interface=2, summary="a small network on generated points, for tests and first steps", benchmark="resnet"
+)
+
+
 class Toy(Plugin):
-    spec = WorkloadSpec(
-        interface=2,
-        summary="a small network on generated points, for tests and first steps",
-        benchmark="resnet",
-    )
+    """Where a new workload begins."""
+
+    spec = SPEC
     Config = ToyConfig
+    config: ToyConfig
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> ToyWorkload:
         from core.testing.toy.workload import ToyWorkload
 
-        return ToyWorkload(self.spec, ctx, self.config)
+        return ToyWorkload(SPEC, ctx, self.config)
