@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BertForPreTraining
 
+from core.api.reference import LAMB, LARS, parameter_groups
 from timetrial_bert.model import network_config
-from timetrial_bert.optim import LAMB
 from timetrial_fused_optimizer.optimizers import fuse
-from timetrial_resnet.optim import LARS
 
 ROUNDS = 30
 Groups = list[dict[str, Any]]
@@ -33,13 +31,6 @@ def adapting(groups: Groups) -> Groups:
     return [groups[0], {**groups[1], "adapt": False}]
 
 
-def groups_of(model: nn.Module) -> Groups:
-    return [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def main() -> None:
     torch.set_num_threads(1)
     config = network_config("mini", vocab_size=8000, max_positions=512, dropout=0.0, attention="sdpa", init_std=0.02)
@@ -49,7 +40,7 @@ def main() -> None:
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} million parameters in {len(parameters)} tensors, n={ROUNDS}")
     for name, make in BASELINES.items():
-        contenders = [make(groups_of(model)), fuse(make(groups_of(model)))]
+        contenders = [make(parameter_groups(model, 0.01)), fuse(make(parameter_groups(model, 0.01)))]
         seconds: list[list[float]] = [[], []]
         for round in range(ROUNDS + 1):
             for optimizer, times in zip(contenders, seconds, strict=True):

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from core.api.data import EpochSampler, eval_share
 from core.api.errors import UsageError
+from core.api.reference import LAMB, parameter_groups
 from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import IGNORED, collate
-from timetrial_bert.optim import LAMB, Schedule, parameter_groups
+from timetrial_bert.schedule import Schedule
 
 if TYPE_CHECKING:
     from timetrial_bert.plugin import BertConfig
@@ -139,9 +140,8 @@ class BertWorkload:
         groups = parameter_groups(model, config.weight_decay)
         betas = (config.beta_1, config.beta_2)
         if config.optimizer == "adamw":
-            for group in groups:
-                group.pop("adapt", None)
             return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=config.epsilon)
+        groups[1]["adapt"] = False  # reference: exclude_from_weight_decay, which LAMB takes for its adaptation, too
         return LAMB(
             groups,
             lr=config.base_learning_rate,

@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.api.data import EpochSampler
 from core.api.errors import DataError
+from core.api.reference import parameter_groups
 from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from core.prepare import check_manifest
 from timetrial_maskrcnn import digits, evaluation, weights
@@ -145,12 +146,7 @@ class MaskRCNNWorkload:
         return [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [
-            {"params": weights, "weight_decay": self.config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = parameter_groups(model, self.config.weight_decay)
         return torch.optim.SGD(groups, lr=self.base_learning_rate, momentum=self.config.momentum)
 
     def learning_rate(self, step: int) -> float:

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.api.data import EpochSampler
+from core.api.reference import LARS, parameter_groups
 from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_resnet.augment import Augmentation
 from timetrial_resnet.idx import DEBIAN_FASHION_MNIST
 from timetrial_resnet.imagefolder import IGNORED, ImageFolder, refuse_too_many
 from timetrial_resnet.model import ResNet, closed_names, initialise
 from timetrial_resnet.norm import batch_norm
-from timetrial_resnet.optim import LARS, Schedule, parameter_groups
+from timetrial_resnet.schedule import Schedule
 from timetrial_resnet.smallimages import SmallImages
 
 if TYPE_CHECKING:

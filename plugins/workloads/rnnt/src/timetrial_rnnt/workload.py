@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.api.errors import UsageError
+from core.api.reference import LAMB
 from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
 from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.loss import transducer_loss
-from timetrial_rnnt.optim import LAMB, Schedule
+from timetrial_rnnt.schedule import Schedule
 from timetrial_rnnt.spoken import SpokenDigits
 from timetrial_rnnt.text import Letters
 
