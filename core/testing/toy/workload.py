@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from core.api.data import EpochSampler, eval_share
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target
-from core.testing.toy.plugin import Toy, ToyConfig
+from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.testing.toy.config import ToyConfig
 
 
 class ToyWorkload:
-    spec = Toy.spec
-
-    def __init__(self, ctx: RunContext, config: ToyConfig) -> None:
-        self.ctx, self.config = ctx, config
+    def __init__(self, spec: WorkloadSpec, config: ToyConfig, ctx: RunContext) -> None:
+        self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target("accuracy", config.target)]
         self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_every)
         self.max_epochs = config.max_epochs

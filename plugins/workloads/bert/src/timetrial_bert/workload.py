@@ -19,7 +19,7 @@ from timetrial_bert.batch import IGNORED, collate
 from timetrial_bert.optim import LAMB, Schedule, parameter_groups
 
 if TYPE_CHECKING:
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
     from timetrial_bert.shards import Shards
 
 METRIC = "masked_lm_accuracy"

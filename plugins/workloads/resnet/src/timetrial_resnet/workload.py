@@ -25,7 +25,7 @@ from timetrial_resnet.optim import LARS, Schedule, parameter_groups
 from timetrial_resnet.smallimages import SmallImages
 
 if TYPE_CHECKING:
-    from timetrial_resnet.plugin import ResNetConfig
+    from timetrial_resnet.config import ResNetConfig
 
 METRIC = "top1"
 CLOSED_NAMES_OF = "resnet50"
