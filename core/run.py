@@ -29,6 +29,7 @@ from core import __version__
 from core.api.config import unknown_key
 from core.api.errors import EXIT_CODES, TimetrialError, UsageError, exit_status, nearest
 from core.compose.discovery import KINDS, Registry, discover
+from core.compose.renamed import old_key
 from core.compose.resolve import resolve
 from core.launch.start import launch
 from core.state.record import new_run_name, write_failure
@@ -96,7 +97,7 @@ def _run_by_hydra(arguments: list[str], registry: Registry, debug: bool) -> int:
 
     sys.argv = [sys.argv[0], *arguments]
     try:
-        with _composing(registry):
+        with _composing(registry, arguments):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
     finally:
         if multirun and jobs:
@@ -121,7 +122,7 @@ def _run(
 
 
 @contextmanager
-def _composing(registry: Registry) -> Generator[None]:
+def _composing(registry: Registry, overrides: list[str]) -> Generator[None]:
     """Hydra with the plugins' configuration folders on its search path, and with errors of one line."""
 
     class TimetrialSearchPath(SearchPathPlugin):
@@ -136,7 +137,7 @@ def _composing(registry: Registry) -> Generator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, registry)) from error
+        raise UsageError(old_key(overrides, registry, CONF) or _explain(error, registry)) from error
 
 
 def _explain(error: Exception, registry: Registry) -> str:
@@ -156,7 +157,7 @@ def _explain(error: Exception, registry: Registry) -> str:
 
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides, and the option chosen in each group."""
-    with _composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
+    with _composing(registry, overrides), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return ours, config.hydra.runtime.choices
