@@ -81,7 +81,7 @@ def _run_by_hydra(arguments: list[str], registry: Registry, debug: bool) -> int:
 
     sys.argv = [sys.argv[0], *arguments]
     try:
-        with composing(registry):
+        with composing(registry, arguments):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
     finally:
         if multirun and jobs:

@@ -305,7 +305,8 @@ BY_SAMPLES = """
 import os, signal
 from pathlib import Path
 import core.testing.toy
-from core.testing.toy.plugin import Toy, ToyConfig
+from core.testing.toy.config import ToyConfig
+from core.testing.toy.plugin import SPEC, Toy
 from core.api.types import EvalCadence
 from omegaconf import OmegaConf
 
@@ -325,7 +326,7 @@ class P(Toy):
                 return super().evaluate(infer)
 
         values = OmegaConf.load(Path(core.testing.toy.__file__).parent / "conf" / "workload" / "toy.yaml")
-        workload = Killed(ctx, ToyConfig(**values))
+        workload = Killed(SPEC, ToyConfig(**values), ctx)
         workload.eval_cadence = EvalCadence(every=640, first=640, unit="samples")
         return workload
 """

@@ -97,12 +97,21 @@ def validate(schema: type[T], node: Any, where: str) -> T:
     try:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), {} if node is None else node))
     except ConfigKeyError as error:
-        raise UsageError(unknown_key(error, where)) from None
+        raise UsageError(renamed(schema, error.full_key or "", where) or unknown_key(error, where)) from None
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
         raise UsageError(f"{where}.{error.full_key or ''}".strip(".") + f": {message}") from None
     _check_ranges(config, where)
     return config
+
+
+def renamed(schema: type[Any], key: str, where: str = "") -> str | None:
+    """Words for a `key` that is, or holds, an old one of the dataclass `schema`; None for any other. Its `RENAMED:
+    ClassVar[Mapping[str, str]]` (old key -> new dotted key) answers with the new name for one release."""
+    for old, new in getattr(schema, "RENAMED", {}).items():
+        if f"{old}.".startswith(f"{key}."):
+            return f"unknown key '{f'{where}.{old}'.strip('.')}': it is called {f'{where}.{new}'.strip('.')} now"
+    return None
 
 
 def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:

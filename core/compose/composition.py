@@ -21,6 +21,7 @@ from core.api.config import unknown_key
 from core.api.errors import UsageError, nearest
 from core.compose.discovery import GROUPS, Registry
 from core.compose.plan import new_run_name
+from core.compose.renamed import old_key
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
@@ -30,7 +31,7 @@ CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()
 def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
     """The configuration of these overrides, and the option chosen in each group."""
     refuse_twice(overrides)
-    with composing(registry), hydra.initialize_config_dir(str(CONF), version_base=None):
+    with composing(registry, overrides), hydra.initialize_config_dir(str(CONF), version_base=None):
         config = hydra.compose("config", overrides, return_hydra_config=True)
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return ours, config.hydra.runtime.choices
@@ -54,7 +55,7 @@ def options_of(group: str, registry: Registry) -> list[str]:
 
 
 @contextmanager
-def composing(registry: Registry) -> Generator[None]:
+def composing(registry: Registry, overrides: list[str]) -> Generator[None]:
     """Within it, Hydra finds the plugins' options, and its errors become UsageError."""
 
     class TimetrialSearchPath(SearchPathPlugin):
@@ -69,7 +70,7 @@ def composing(registry: Registry) -> Generator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, registry)) from error
+        raise UsageError(old_key(overrides, registry, CONF) or _explain(error, registry)) from error
 
 
 def _explain(error: Exception, registry: Registry) -> str:

@@ -1,6 +1,4 @@
-"""The configuration of `toy`."""
-
-from __future__ import annotations
+"""What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
 from dataclasses import dataclass
 

@@ -29,4 +29,4 @@ class Toy(Plugin):
     def make_workload(self, ctx: RunContext) -> ToyWorkload:
         from core.testing.toy.workload import ToyWorkload
 
-        return ToyWorkload(SPEC, ctx, self.config)
+        return ToyWorkload(SPEC, self.config, ctx)

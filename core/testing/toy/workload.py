@@ -20,8 +20,8 @@ from core.testing.toy.config import ToyConfig
 class ToyWorkload:
     capture = Capture(step=True)
 
-    def __init__(self, spec: WorkloadSpec, ctx: RunContext, config: ToyConfig) -> None:
-        self.spec, self.ctx, self.config = spec, ctx, config
+    def __init__(self, spec: WorkloadSpec, config: ToyConfig, ctx: RunContext) -> None:
+        self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target("accuracy", config.target)]
         self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_every)
         self.max_epochs = config.max_epochs

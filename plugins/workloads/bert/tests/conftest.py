@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 import timetrial_bert
 from core.api.config import DataConfig, validate
 from core.api.types import RunContext
-from timetrial_bert.plugin import Bert, BertConfig
+from timetrial_bert.config import BertConfig
+from timetrial_bert.plugin import Bert
 from timetrial_bert.workload import BertWorkload
 
 CONF = Path(timetrial_bert.__file__).parent / "conf" / "workload"

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import timetrial_maskrcnn
 from core.api.config import validate
 from core.testing.cli import run_cli, run_ranks
-from timetrial_maskrcnn.plugin import MaskRCNNConfig
+from timetrial_maskrcnn.config import MaskRCNNConfig
 from timetrial_maskrcnn.weights import CLOSED_NAMES
 from timetrial_maskrcnn.workload import MaskRCNNWorkload
 

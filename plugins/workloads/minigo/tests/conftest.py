@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 import timetrial_minigo
 from core.api.config import validate
 from core.api.types import RunContext
-from timetrial_minigo.plugin import MiniGo, MiniGoConfig
+from timetrial_minigo.config import MiniGoConfig
+from timetrial_minigo.plugin import MiniGo
 from timetrial_minigo.workload import MiniGoWorkload
 
 CONF = Path(timetrial_minigo.__file__).parent / "conf" / "workload"

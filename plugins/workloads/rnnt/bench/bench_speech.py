@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 import timetrial_rnnt
 from core.api.config import validate
 from core.api.types import RunContext
-from timetrial_rnnt.plugin import RnntConfig
+from timetrial_rnnt.config import RnntConfig
+from timetrial_rnnt.plugin import SPEC
 from timetrial_rnnt.workload import RnntWorkload
 
 YAML = Path(timetrial_rnnt.__file__).parent / "conf" / "workload" / "rnnt.yaml"
@@ -38,7 +39,7 @@ def workload(**overrides: Any) -> RnntWorkload:
     )
     ctx.component, ctx.feed = lambda _, default: default, iter
     config = validate(RnntConfig, OmegaConf.merge(OmegaConf.load(YAML), overrides), "workload")
-    built = RnntWorkload(timetrial_rnnt.plugin.SPEC, config, ctx)
+    built = RnntWorkload(SPEC, config, ctx)
     built.check_data()
     return built
 

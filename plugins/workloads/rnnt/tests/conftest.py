@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 import timetrial_rnnt
 from core.api.config import DataConfig, validate
 from core.api.types import RunContext
-from timetrial_rnnt.plugin import Rnnt, RnntConfig
+from timetrial_rnnt.config import RnntConfig
+from timetrial_rnnt.plugin import Rnnt
 from timetrial_rnnt.workload import RnntWorkload
 
 CONF = Path(timetrial_rnnt.__file__).parent / "conf" / "workload"

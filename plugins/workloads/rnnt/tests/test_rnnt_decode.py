@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from timetrial_rnnt.decode import greedy
-from timetrial_rnnt.model import Sizes, Transducer, initialise
+from timetrial_rnnt.layers import Sizes
+from timetrial_rnnt.model import Transducer, initialise
 
 SIZES = Sizes(
     features=6, classes=7, encoder_hidden=10, pre_layers=1, stack_time=2, post_layers=1, predictor_hidden=9,

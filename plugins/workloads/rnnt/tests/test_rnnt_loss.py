@@ -7,8 +7,8 @@ import math
 
 import torch
 
+from timetrial_rnnt.layers import Joint, Sizes
 from timetrial_rnnt.loss import transducer_loss
-from timetrial_rnnt.model import Joint, Sizes
 
 SIZES = Sizes(
     features=6, classes=5, encoder_hidden=10, pre_layers=1, stack_time=2, post_layers=1, predictor_hidden=9,

@@ -19,7 +19,7 @@ from timetrial_bert.pairs import Example, mask
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
 
 PARTS = ("train", "eval")
 VOCABULARY = "vocab.txt"

@@ -20,7 +20,7 @@ from timetrial_bert.batch import IGNORED, collate
 from timetrial_bert.schedule import Schedule
 
 if TYPE_CHECKING:
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
     from timetrial_bert.shards import Shards
 
 METRIC = "masked_lm_accuracy"

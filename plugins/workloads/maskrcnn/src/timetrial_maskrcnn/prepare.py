@@ -26,7 +26,7 @@ from core.api.errors import DataError
 
 if TYPE_CHECKING:
     from core.prepare import Preparation
-    from timetrial_maskrcnn.plugin import MaskRCNNConfig
+    from timetrial_maskrcnn.config import MaskRCNNConfig
 
 CHUNK = 500
 """Images a job."""

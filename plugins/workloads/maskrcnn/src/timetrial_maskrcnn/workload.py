@@ -29,7 +29,7 @@ from timetrial_maskrcnn.scenes import SIDE, Scenes
 from timetrial_maskrcnn.weights import CLOSED_NAMES
 
 if TYPE_CHECKING:
-    from timetrial_maskrcnn.plugin import MaskRCNNConfig
+    from timetrial_maskrcnn.config import MaskRCNNConfig
 
 REFERENCE_BATCH, REFERENCE_DECAY = 16, (60_000, 80_000)
 """Of the v1.1 rules' formulas for learning rate and decay."""

@@ -13,9 +13,9 @@ from core.api.config import validate
 from core.api.errors import UsageError
 from core.compose.resolve import RunPlan
 from timetrial_minigo import gating, network
+from timetrial_minigo.config import MiniGoConfig
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose
-from timetrial_minigo.plugin import MiniGoConfig
 from timetrial_minigo.workload import search_settings
 
 

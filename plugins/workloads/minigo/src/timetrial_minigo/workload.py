@@ -24,7 +24,7 @@ from timetrial_minigo.search import Evaluate, SearchSettings
 from timetrial_minigo.selfplay import SelfPlay, SelfPlaySettings
 
 if TYPE_CHECKING:
-    from timetrial_minigo.plugin import MiniGoConfig
+    from timetrial_minigo.config import MiniGoConfig
 
 METRIC = "win_rate"
 OURS = "timetrial"

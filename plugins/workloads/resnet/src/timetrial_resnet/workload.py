@@ -26,7 +26,7 @@ from timetrial_resnet.schedule import Schedule
 from timetrial_resnet.smallimages import SmallImages
 
 if TYPE_CHECKING:
-    from timetrial_resnet.plugin import ResNetConfig
+    from timetrial_resnet.config import ResNetConfig
 
 METRIC = "top1"
 CLOSED_NAMES_OF = "resnet50"

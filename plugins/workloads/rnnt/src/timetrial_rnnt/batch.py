@@ -30,7 +30,7 @@ from timetrial_rnnt.text import Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 AHEAD = 2
 """Batches that are read while another one is trained on."""

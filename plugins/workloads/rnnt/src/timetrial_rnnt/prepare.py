@@ -27,7 +27,7 @@ from timetrial_rnnt.text import LETTERS, SentencePieces, normalise
 
 if TYPE_CHECKING:
     from core.prepare import Preparation
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 RATE = 16000
 SUFFIXES = (".flac", ".wav")

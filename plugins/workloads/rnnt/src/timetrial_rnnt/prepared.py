@@ -17,7 +17,7 @@ from timetrial_rnnt.text import Letters, SentencePieces, Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 MUST_AGREE = ("tokens", "vocab_size", "max_duration")
 """Settings of the preparation that a run may not change."""

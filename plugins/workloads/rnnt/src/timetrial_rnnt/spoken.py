@@ -27,7 +27,7 @@ from timetrial_rnnt.text import Letters, Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 
 class SpokenDigits:

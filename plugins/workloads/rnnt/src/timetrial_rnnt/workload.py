@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.api.errors import UsageError
 from core.api.reference import LAMB
 from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
-from timetrial_rnnt import features, model
+from timetrial_rnnt import features, layers, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
 from timetrial_rnnt.ema import AverageWeights
@@ -27,7 +27,7 @@ from timetrial_rnnt.spoken import SpokenDigits
 from timetrial_rnnt.text import Letters
 
 if TYPE_CHECKING:
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 METRIC = "word_error_rate"
 
@@ -130,7 +130,7 @@ class RnntWorkload:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        sizes = model.Sizes(
+        sizes = layers.Sizes(
             features=config.splice_frames * config.mels,
             classes=config.vocab_size + 1,
             encoder_hidden=config.encoder_hidden,

@@ -1,0 +1,59 @@
+"""A key that has been renamed is refused with its new name, wherever it was given, on the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from core.testing.cli import run_cli
+
+OPT = """
+from collections.abc import Mapping
+from typing import ClassVar
+from core.api.config import checked
+
+@dataclass(kw_only=True)
+class Inner:
+    every: int = checked(at_least=1)
+
+@dataclass(kw_only=True)
+class Renamed:
+    RENAMED: ClassVar[Mapping[str, str]] = {"interval": "inner.every", "outer.pace": "inner.every"}
+    inner: Inner
+
+class P(Plugin):
+    spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+    Config = Renamed
+"""
+
+
+def refused(*arguments: str, tmp_path: Path, **env: str) -> str:
+    outcome = run_cli(*arguments, run_dir=tmp_path / "run", **env).expect(2)
+    (line,) = outcome.stderr.strip().splitlines()
+    assert not (tmp_path / "run").exists()
+    return line
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++", "~"])
+@pytest.mark.parametrize("old", ["interval", "outer.pace"])
+def test_an_old_key_of_an_opt_is_answered_with_its_new_name(sign: str, old: str, tmp_path: Path, fake_plugin) -> None:
+    site = fake_plugin("opt", "paced", OPT)
+    (site / "fake_paced_paced/conf/opt/paced.yaml").write_text("# @package opt.paced\ninner: {every: 1}\n")
+    key = f"opt.paced.{old}" if sign == "~" else f"opt.paced.{old}=3"
+    line = refused("workload=toy", "+opt=paced", f"{sign}{key}", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert line.endswith(f"unknown key 'opt.paced.{old}': it is called opt.paced.inner.every now")
+
+
+def test_an_old_key_in_a_file_is_answered_with_its_new_name(tmp_path: Path, fake_plugin) -> None:
+    site = fake_plugin("opt", "paced", OPT)
+    (site / "fake_paced_paced/conf/opt/paced.yaml").write_text("# @package opt.paced\ninterval: 3\n")
+    line = refused("workload=toy", "+opt=paced", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert line.endswith("unknown key 'opt.paced.interval': it is called opt.paced.inner.every now")
+
+
+def test_an_unknown_key_that_nothing_replaces_is_answered_with_the_nearest_one(tmp_path: Path, fake_plugin) -> None:
+    site = fake_plugin("opt", "paced", OPT)
+    (site / "fake_paced_paced/conf/opt/paced.yaml").write_text("# @package opt.paced\ninner: {every: 1}\n")
+    line = refused("workload=toy", "+opt=paced", "opt.paced.iner=3", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert "did you mean 'inner'?" in line
