@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from core.testing.cli import environment
 
 WORKLOAD = """

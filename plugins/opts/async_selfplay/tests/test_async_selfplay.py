@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from core.api.types import RunContext
-from core.compose.resolve import RunPlan
+from core.compose.plan import RunPlan
 from core.engine.worker import evaluator
 from core.testing.cli import Outcome, environment, run_ranks
 from core.testing.suites import cached_run

@@ -11,8 +11,8 @@ from torch import Tensor
 from core.api.config import validate
 from core.api.errors import UsageError
 from core.api.types import RunContext
-from core.compose.resolve import plugin_manager
-from core.engine.worker import Baseline
+from core.compose.manager import plugin_manager
+from core.engine.build import Baseline
 from timetrial_playout_cap.plugin import PlayoutCap, PlayoutCapConfig
 
 GAMES, FULL = 4000, 24

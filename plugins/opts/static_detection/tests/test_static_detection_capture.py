@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from core.api.hooks import hookimpl
 from core.api.types import WorkloadSpec
 from core.compose.discovery import Installed, discover
-from core.compose.resolve import plugin_manager
+from core.compose.manager import plugin_manager
 from core.testing.cli import environment, run_cli
 
 STEP = Path(__file__).parent.parent / "bench" / "step.py"

@@ -13,7 +13,7 @@ import torch
 
 from core.api.errors import TimetrialError
 from core.api.types import Forward, Pending, RunContext
-from core.compose.resolve import RunPlan
+from core.compose.plan import RunPlan
 from timetrial_async_eval.process import Order, serve
 
 

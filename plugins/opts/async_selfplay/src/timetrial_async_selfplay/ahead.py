@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.api.errors import TimetrialError
 from core.api.types import RunContext
-from core.compose.resolve import RunPlan
+from core.compose.plan import RunPlan
 from timetrial_async_selfplay.process import Order, serve
 
 Weights = dict[str, Tensor]

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from core.compose.resolve import RunPlan
+from core.compose.plan import RunPlan
 
 
 @dataclass(frozen=True)

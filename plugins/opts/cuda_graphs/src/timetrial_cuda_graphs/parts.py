@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.api.errors import OutOfMemoryError, UsageError
-from core.state.checkpoint import generator_states, set_generator_states
+from core.api.generators import generator_states, set_generator_states
 
 Signature = tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
 """Of a part's arguments: all that its graph takes as fixed."""

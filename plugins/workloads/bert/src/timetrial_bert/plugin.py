@@ -10,16 +10,14 @@ from timetrial_bert.config import BertConfig
 
 if TYPE_CHECKING:
     from core.api.config import RunConfig
+    from core.api.preparation import Preparation
     from core.api.types import RunContext
-    from core.prepare import Preparation
     from timetrial_bert.workload import BertWorkload
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="BERT masked-LM pre-training: Wikipedia articles from a wheel, MLPerf's phase 2",
     benchmark="bert",
-    capture="step",
-    static_shapes=True,
 )
 
 

@@ -25,7 +25,7 @@ from timetrial_bert.pairs import Example, mask, pairs, prediction_count
 from timetrial_bert.text import documents, files
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
+    from core.api.preparation import Preparation
     from timetrial_bert.config import BertConfig
 
 Piece = tuple[str, int, int, int]

@@ -13,7 +13,7 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import Example, mask
 
@@ -81,7 +81,7 @@ class Shards:
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; takes the counts from the manifest."""
-        manifest = check_manifest(self.root, "bert_mlperf", self.ctx.rank, self.ctx.world_size)
+        manifest = check_manifest(self.root, "bert_mlperf", self.ctx.data_rank, self.ctx.data_size)
         prepared = manifest["request"]["settings"]
         for name in MUST_AGREE:
             mine = getattr(self.config, name)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from core.api.data import EpochSampler, eval_share
 from core.api.errors import UsageError
 from core.api.reference import LAMB, parameter_groups
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import IGNORED, collate
 from timetrial_bert.schedule import Schedule
+from timetrial_bert.seams import ENCODER, MLM_LOSS
 
 if TYPE_CHECKING:
     from timetrial_bert.config import BertConfig
@@ -40,6 +41,7 @@ class BertWorkload:
         self.targets = [Target(METRIC, config.target)]
         every = config.eval_every_samples or closed_cadence(config.global_batch_size)
         self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
+        self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -73,7 +75,7 @@ class BertWorkload:
     @cached_property
     def _sampler(self) -> EpochSampler:
         """First asked for when the data set's size is known."""
-        return self._sampler_of(self.ctx.rank, self.ctx.world_size)
+        return self._sampler_of(self.ctx.data_rank, self.ctx.data_size)
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         """In host memory. Each rank knows the global batch, and so its number of predictions, for `mlm_scale`."""
@@ -85,10 +87,10 @@ class BertWorkload:
             data = collate(examples, config.sequence_length, config.max_predictions, scale)
             yield Batch(data, mine.samples, mine.weight)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         """Random tokens, the same number of them on every rank; as many rows of each length as chance has it."""
-        config, size = self.config, self.global_batch_size // self.ctx.world_size
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        config, size = self.config, self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         length, spread = config.sequence_length, min(config.synthetic_fill, 1 - config.synthetic_fill)
         fill = config.synthetic_fill + spread * (2 * torch.rand(size, generator=generator) - 1)
         lengths = (fill * length).round().long().clamp(min(8, length), length)
@@ -110,7 +112,7 @@ class BertWorkload:
             "next_sentence_labels": torch.randint(2, (size,), generator=generator),
             "mlm_scale": torch.full((size,), size / int(counts.sum())),
         }
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
+        yield Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -124,8 +126,8 @@ class BertWorkload:
             attention=config.attn_implementation,
             init_std=config.init_std,
         )
-        encode = self.ctx.component("bert.encoder", model.encode)
-        mlm_loss = self.ctx.component("bert.mlm_loss", model.mlm_loss)
+        encode = self.ctx.offer(ENCODER, model.encode)
+        mlm_loss = self.ctx.offer(MLM_LOSS, model.mlm_loss)
         built = model.PreTraining(network, encode, mlm_loss)
         model.initialise(built, torch.Generator().manual_seed(self.ctx.seed_for("init")))
         if config.init_checkpoint and not self.ctx.synthetic:
@@ -181,7 +183,7 @@ class BertWorkload:
         for data in self.ctx.feed(self._eval_batches()):
             found = infer(data)
             sums += torch.stack([found[name].double() for name in names])
-        ranks = self.ctx.backend.all_gather(sums.tolist())
+        ranks = self.ctx.gather(sums.tolist())
         total = dict(zip(names, (sum(column) for column in zip(*ranks, strict=True)), strict=True))
         return {
             METRIC: total["correct"] / total["masked"],
@@ -191,7 +193,7 @@ class BertWorkload:
 
     def _eval_batches(self) -> Iterable[dict[str, Tensor]]:
         config = self.config
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
         for start in range(mine.start, mine.stop, config.eval_batch_size):
             examples = self.examples.evaluation(range(start, min(start + config.eval_batch_size, mine.stop)))
             yield collate(examples, config.sequence_length, config.max_predictions, 1.0)

@@ -51,7 +51,7 @@ def records(
 
 
 def masks(masks_Dss: Tensor, boxes_D4: Tensor, height: int, width: int) -> list[dict[str, Any]]:
-    """The component "maskrcnn.masks": mask probabilities of D boxes of one image, on the host, as run-length encoded
+    """The default at the seam MASKS: mask probabilities of D boxes of one image, on the host, as run-length encoded
     masks of that image, in the form in which COCO's JSON has them."""
     encoded = (
         rle.encode(np.asfortranarray(paste(mask_ss, tuple(box), height, width)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from core.api.errors import UsageError
@@ -11,13 +10,13 @@ from core.api.types import Plugin, WorkloadSpec
 from timetrial_maskrcnn.config import MaskRCNNConfig
 
 if TYPE_CHECKING:
+    from core.api.preparation import Preparation
     from core.api.types import RunContext
-    from core.prepare import Preparation
     from timetrial_maskrcnn.workload import MaskRCNNWorkload
 
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="Mask R-CNN detection and segmentation: scenes of handwritten digits, COCO",
     benchmark="maskrcnn",
 )
@@ -42,6 +41,4 @@ class MaskRCNN(Plugin):
     def make_workload(self, ctx: RunContext) -> MaskRCNNWorkload:
         from timetrial_maskrcnn.workload import MaskRCNNWorkload  # imports torch
 
-        # Scenes are of one size, and have room for three digits.
-        spec = dataclasses.replace(SPEC, static_shapes=self.config.data_set == "scenes")
-        return MaskRCNNWorkload(spec, self.config, ctx)
+        return MaskRCNNWorkload(SPEC, self.config, ctx)

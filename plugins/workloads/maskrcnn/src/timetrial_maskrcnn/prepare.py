@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from core.api.errors import DataError
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
+    from core.api.preparation import Preparation
     from timetrial_maskrcnn.config import MaskRCNNConfig
 
 CHUNK = 500

@@ -16,9 +16,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.api.data import EpochSampler
 from core.api.errors import DataError
+from core.api.preparation import check_manifest
 from core.api.reference import parameter_groups
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
-from core.prepare import check_manifest
+from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_maskrcnn import digits, evaluation, weights
 from timetrial_maskrcnn.batch import Example, collate
 from timetrial_maskrcnn.coco import Coco, GroupedSampler
@@ -26,6 +26,7 @@ from timetrial_maskrcnn.loading import read_ahead
 from timetrial_maskrcnn.model import MaskRCNN
 from timetrial_maskrcnn.regions import offered
 from timetrial_maskrcnn.scenes import SIDE, Scenes
+from timetrial_maskrcnn.seams import MASKS
 from timetrial_maskrcnn.weights import CLOSED_NAMES
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class MaskRCNNWorkload:
             Target("mask_ap", config.mask_target, log_name="SEGM"),
         ]
         self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.capture = Capture()  # shapes depend on what the proposals are; `static_detection` fixes them
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.train: Scenes | Coco
         self.eval: Scenes | Coco
@@ -58,7 +60,7 @@ class MaskRCNNWorkload:
         self.train = Coco(root, "train", config.train_split, *sides, config.flip)
         self.eval = Coco(root, "eval", config.eval_split, *sides, False)
         workers = ctx.config.data.workers
-        workers = max(1, (os.cpu_count() or 1) // ctx.nproc_per_node) if workers is None else workers
+        workers = max(1, (os.cpu_count() or 1) // ctx.ranks_per_node) if workers is None else workers
         self.pool = ThreadPoolExecutor(workers, "timetrial-decode") if workers else None
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -77,7 +79,7 @@ class MaskRCNNWorkload:
         else:
             if self.train.root is None:
                 raise DataError(f"this workload has no embedded data: {NEEDED}")
-            check_manifest(self.train.root, "maskrcnn_mlperf", self.ctx.rank, self.ctx.world_size)
+            check_manifest(self.train.root, "maskrcnn_mlperf", self.ctx.data_rank, self.ctx.data_size)
             if self.config.backbone == "resnet50" and self.config.pretrained is None:
                 raise DataError(
                     f"workload.pretrained names no file: give {weights.LAYOUT}; or `random`, against the rules"
@@ -87,8 +89,8 @@ class MaskRCNNWorkload:
     @cached_property
     def _sampler(self) -> EpochSampler:
         sizes: dict[str, int] = {
-            "examples": self.train_samples, "global_batch": self.global_batch_size, "rank": self.ctx.rank,
-            "world_size": self.ctx.world_size,
+            "examples": self.train_samples, "global_batch": self.global_batch_size, "rank": self.ctx.data_rank,
+            "world_size": self.ctx.data_size,
         }  # fmt: skip
         return (
             EpochSampler(**sizes) if isinstance(self.train, Scenes) else GroupedSampler(**sizes, wide=self.train.wide)
@@ -108,16 +110,24 @@ class MaskRCNNWorkload:
     def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
         """Every `world_size`-th batch. Ranks share out whole ones, since a kernel's last bits depend on the batch."""
         size, ctx = self.config.eval_batch_size, self.ctx
-        starts = range(ctx.rank * size, self.eval_samples, ctx.world_size * size)
+        starts = range(ctx.data_rank * size, self.eval_samples, ctx.data_size * size)
         groups = ((None, range(start, min(start + size, self.eval_samples))) for start in starts)
         for _, examples in read_ahead(groups, self.eval.example, self.pool):
             yield self._collate(examples, self.eval)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
+        """Scenes are of one size; images of COCO are mostly as wide as `max_size` allows, or as high."""
+        if isinstance(self.train, Scenes):
+            yield self._noise(SIDE, SIDE)
+            return
+        short, long = self.config.min_size, self.config.max_size
+        yield self._noise(short, long)
+        yield self._noise(long, short)
+
+    def _noise(self, height: int, width: int) -> Batch:
         """Noise with one object in the middle of each image."""
-        size, config = self.global_batch_size // self.ctx.world_size, self.config
-        height, width = (SIDE, SIDE) if isinstance(self.train, Scenes) else (config.min_size, config.max_size)
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        size = self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         box = torch.tensor([width // 4, height // 4, 3 * width // 4, 3 * height // 4])
         mask = torch.zeros(1, height, width, dtype=torch.uint8)
         mask[:, box[1] : box[3], box[0] : box[2]] = 1
@@ -129,17 +139,17 @@ class MaskRCNNWorkload:
             for number in range(size)
         ]  # fmt: skip
         data = self._collate(examples, self.train)
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
+        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
     def build_model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.ctx.seed_for("init"))
-            model = MaskRCNN(self.config, self.train.channels, self.train.classes, offered(self.ctx.component))
+            model = MaskRCNN(self.config, self.train.channels, self.train.classes, offered(self.ctx.offer))
         if self.config.pretrained not in (None, "random"):
             weights.load(model.backbone.body, Path(self.config.pretrained).expanduser())
-        self.masks: evaluation.Masks = self.ctx.component("maskrcnn.masks", evaluation.masks)
+        self.masks = self.ctx.offer(MASKS, evaluation.masks)
         return model
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -180,7 +190,7 @@ class MaskRCNNWorkload:
         categories, mine = [c["id"] for c in self.eval.categories], list[dict[str, Any]]()
         for data in self.ctx.feed(self._eval_batches()):
             mine += evaluation.records(infer(data), data, categories, self.masks)
-        found, quality = evaluation.gathered(mine, self.ctx.world_size), dict[str, float]()
+        found, quality = evaluation.gathered(mine, self.ctx.data_size), dict[str, float]()
         if self.ctx.rank == 0:
             annotations = self.eval.annotations()
             evaluation.write(self.ctx.run_dir / "detections", annotations, found)

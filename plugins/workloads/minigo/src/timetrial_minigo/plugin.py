@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.api.errors import NotOfferedError
 from core.api.hooks import hookimpl
-from core.api.types import Plugin, WorkloadSpec
+from core.api.types import Plan, Plugin, WorkloadSpec
 from timetrial_minigo.config import MiniGoConfig
 
 if TYPE_CHECKING:
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="Go by self-play: 5x5 against open_spiel's MCTS, or 19x19 as in MLPerf's closed rules",
     benchmark="minigo",
-    capture="step",
-    static_shapes=True,
     batch_statistics=True,
 )
 
@@ -29,6 +28,13 @@ class MiniGo(Plugin):
     spec = SPEC
     Config = MiniGoConfig
     config: MiniGoConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        shared = [d.name for d in plan.dimensions if d.name != "data"]
+        if shared:
+            why = "ranks that share a model must call it together, and in games each goes at its own pace"
+            raise NotOfferedError(f"workload 'minigo' has no place for the mesh dimension {', '.join(shared)}: {why}")
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> MiniGoWorkload:

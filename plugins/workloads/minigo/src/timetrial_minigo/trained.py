@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from core.api.config import validate
 from core.api.errors import UsageError
-from core.compose.resolve import RunPlan
+from core.compose.plan import RunPlan
 from timetrial_minigo import gating, network
 from timetrial_minigo.config import MiniGoConfig
 from timetrial_minigo.go import Go, Rules

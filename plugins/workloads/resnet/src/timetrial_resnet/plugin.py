@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from timetrial_resnet.workload import ResNetWorkload
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="ResNet image classification: handwritten digits, Fashion-MNIST, ImageNet",
     benchmark="resnet",
-    capture="step",
-    static_shapes=True,
     batch_statistics=True,
 )
 

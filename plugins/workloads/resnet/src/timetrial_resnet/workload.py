@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.api.data import EpochSampler
 from core.api.reference import LARS, parameter_groups
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_resnet.augment import Augmentation
 from timetrial_resnet.idx import DEBIAN_FASHION_MNIST
 from timetrial_resnet.imagefolder import IGNORED, ImageFolder, refuse_too_many
@@ -41,6 +41,7 @@ class ResNetWorkload:
         self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target(METRIC, config.target)]
         self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
         self.images: SmallImages | ImageFolder
@@ -76,21 +77,21 @@ class ResNetWorkload:
         return EpochSampler(
             examples=self.train_samples,
             global_batch=self.global_batch_size,
-            rank=self.ctx.rank,
-            world_size=self.ctx.world_size,
+            rank=self.ctx.data_rank,
+            world_size=self.ctx.data_size,
             min_per_rank=MIN_PER_RANK,
         )
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         return self.images.batches(self._sampler, epoch, first_batch)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         """Noise of the images' deviation 1, and labels that belong to nothing."""
-        size, images = self.global_batch_size // self.ctx.world_size, self.images
-        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        size, images = self.global_batch_size // self.ctx.data_size, self.images
+        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         options: Any = {"device": self.ctx.device, "generator": generator}
         pixels = torch.randn(size, images.channels, images.size, images.size, **options)
-        return Batch((pixels, torch.randint(images.classes, (size,), **options)), size * self.ctx.world_size)
+        yield Batch((pixels, torch.randint(images.classes, (size,), **options)), size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -102,7 +103,7 @@ class ResNetWorkload:
             stem=config.stem,
             channels=self.images.channels,
             classes=self.images.classes,
-            norm=batch_norm(config.sync_batch_norm and self.ctx.world_size > 1, self.ctx.device),
+            norm=batch_norm(config.sync_batch_norm and self.ctx.data_size > 1, self.ctx.device),
         )
         generator = torch.Generator().manual_seed(self.ctx.seed_for("init"))
         initialise(model, config.init, config.zero_init_residual, generator)
@@ -166,7 +167,7 @@ class ResNetWorkload:
         correct = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
         for data in self.ctx.feed(self.images.eval_batches(self.config.eval_batch_size)):
             correct += (infer(data).argmax(1) == data[1]).sum()
-        counts = self.ctx.backend.all_gather([float(correct), *self._bad_examples()])
+        counts = self.ctx.gather([float(correct), *self._bad_examples()])
         self._agree_on_bad([int(number) for row in counts for number in row[1:] if number >= 0])
         return {METRIC: sum(row[0] for row in counts) / self.eval_samples}
 
@@ -188,7 +189,7 @@ class ResNetWorkload:
     def log_values(self) -> Mapping[str, Any]:
         """v1.1 rules, compliance_checker/training_1.1.0/closed_resnet{,_lars,_sgd}.yaml."""
         config, schedule = self.config, self._schedule
-        span = self.global_batch_size if config.sync_batch_norm else self.global_batch_size // self.ctx.world_size
+        span = self.global_batch_size if config.sync_batch_norm else self.global_batch_size // self.ctx.data_size
         kind = config.optimizer
         values: dict[str, Any] = {
             constants.OPT_NAME: kind,

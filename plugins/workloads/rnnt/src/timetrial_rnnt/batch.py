@@ -82,7 +82,7 @@ class Reader:
             time_max=config.time_mask_max,
         )
         workers = ctx.config.data.workers
-        workers = max(0, (os.cpu_count() or 1) // ctx.nproc_per_node - 1) if workers is None else workers
+        workers = max(0, (os.cpu_count() or 1) // ctx.ranks_per_node - 1) if workers is None else workers
         self._pool = ThreadPoolExecutor(workers, "timetrial-speech") if workers else None
 
     def train(self, jobs: Iterable[NDArray[np.int64]], seed: int) -> Iterator[dict[str, Tensor]]:

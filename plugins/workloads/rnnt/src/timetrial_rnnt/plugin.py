@@ -10,17 +10,15 @@ from core.api.types import Plugin, StepParts, WorkloadSpec
 from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
+    from core.api.preparation import Preparation
     from core.api.types import Evaluate, Forward, RunContext
-    from core.prepare import Preparation
     from timetrial_rnnt.workload import RnntWorkload
 
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="RNN-T speech recognition: spoken digits, or LibriSpeech as in MLPerf's closed rules",
     benchmark="rnnt",
-    capture="partial",
-    capture_parts=("encoder",),
 )
 
 
@@ -59,7 +57,7 @@ class Rnnt(Plugin):
 
         return StepParts(parts.forward_backward, update)
 
-    @hookimpl(wrapper=True, tryfirst=True)  # outermost: an opt may gather sharded weights for the evaluation
+    @hookimpl(wrapper=True)  # the workload is outermost: an opt may gather sharded weights inside
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
         """The average is evaluated."""
         evaluate = yield

@@ -26,7 +26,7 @@ from core.api.errors import DataError
 from timetrial_rnnt.text import LETTERS, SentencePieces, normalise
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
+    from core.api.preparation import Preparation
     from timetrial_rnnt.config import RnntConfig
 
 RATE = 16000

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from timetrial_rnnt.prepare import INDEX, MODEL, RATE
 from timetrial_rnnt.text import Letters, SentencePieces, Tokens
 
@@ -53,7 +53,7 @@ class PreparedSpeech:
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; reads the index."""
-        manifest = check_manifest(self.root, self._option, self.ctx.rank, self.ctx.world_size)
+        manifest = check_manifest(self.root, self._option, self.ctx.data_rank, self.ctx.data_size)
         prepared = manifest["request"]["settings"]
         for name in MUST_AGREE:
             mine = getattr(self.config, name)

@@ -19,8 +19,8 @@ import torchaudio
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.state.record import sha256
-from core.state.report import Progress
+from core.api.files import sha256
+from core.api.progress import Progress
 from timetrial_rnnt import synthesis
 from timetrial_rnnt.features import RATE
 from timetrial_rnnt.text import Letters, Tokens

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from core.api.errors import UsageError
 from core.api.reference import LAMB
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, layers, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
 from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.loss import transducer_loss
 from timetrial_rnnt.schedule import Schedule
+from timetrial_rnnt.seams import TRANSDUCER_LOSS
 from timetrial_rnnt.spoken import SpokenDigits
 from timetrial_rnnt.text import Letters
 
@@ -43,6 +44,7 @@ class RnntWorkload:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
         self.targets = [Target(METRIC, config.target, higher_is_better=False)]
         self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.capture = Capture(parts=("encoder",))
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.corpus = self._corpus()
         self.reader = Reader(config, ctx, self.corpus)
@@ -77,8 +79,8 @@ class RnntWorkload:
             durations=self.corpus.durations("train"),
             buckets=self.config.buckets,
             global_batch=self.global_batch_size,
-            rank=self.ctx.rank,
-            world_size=self.ctx.world_size,
+            rank=self.ctx.data_rank,
+            world_size=self.ctx.data_size,
         )
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
@@ -87,19 +89,17 @@ class RnntWorkload:
         for share, data in zip(shares, read, strict=True):
             yield Batch(data, share.samples, share.weight)
 
-    def synthetic_batch(self) -> Batch:
-        """Noise of `synthetic_seconds`, and random labels; every utterance is as long as its row."""
-        samples = math.ceil(self.config.synthetic_seconds * features.RATE)
-        return self._noise(self._padded_frames(samples), self.config.synthetic_labels)
-
-    def capture_batches(self) -> Iterator[Batch]:
-        """One for each T that a full batch of training can have: those between the shortest utterance at the highest
-        speed and the longest at the lowest, the longest first. They have one label, which the encoder does not see.
-        On synthetic data there is but one shape."""
+    def example_batches(self) -> Iterator[Batch]:
+        """First noise of `synthetic_seconds` with random labels, in which every utterance is as long as its row. Then
+        one for each T that a full batch of training can have: those between the shortest utterance at the highest speed
+        and the longest at the lowest, the longest first. These have one label, which the encoder does not see."""
+        config = self.config
+        yield self._noise(
+            self._padded_frames(math.ceil(config.synthetic_seconds * features.RATE)), config.synthetic_labels
+        )
         if self.ctx.synthetic:
-            yield self.synthetic_batch()
             return
-        samples, config = np.rint(self.corpus.durations("train") * features.RATE), self.config
+        samples = np.rint(self.corpus.durations("train") * features.RATE)
         longest = features.samples_at(int(samples.max()), round(100 * config.speed_min))
         shortest = features.samples_at(int(samples.min()), round(100 * config.speed_max))
         if config.trim_silence_db is not None:
@@ -116,15 +116,15 @@ class RnntWorkload:
 
     def _noise(self, frames: int, labels: int) -> Batch:
         """A full batch on the device, of utterances with so many spliced frames and labels each."""
-        config, size = self.config, self.global_batch_size // self.ctx.world_size
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        config, size = self.config, self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         data = {
             "features": torch.randn(size, frames, config.splice_frames * config.mels, generator=generator),
             "feature_lengths": torch.full((size,), frames),
             "labels": torch.randint(config.vocab_size, (size, labels), generator=generator),
             "label_lengths": torch.full((size,), labels),
         }
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
+        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -146,7 +146,7 @@ class RnntWorkload:
         )
         built = model.Transducer(
             sizes,
-            self.ctx.component("rnnt.loss", transducer_loss),
+            self.ctx.offer(TRANSDUCER_LOSS, transducer_loss),
             max_symbols=config.max_symbols,
             max_per_frame=config.max_symbols_per_frame,
         )
@@ -193,7 +193,7 @@ class RnntWorkload:
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Corpus word error rate: errors over all words of the evaluation set, both counted as integers."""
-        jobs = self._eval_jobs()[self.ctx.rank :: self.ctx.world_size]
+        jobs = self._eval_jobs()[self.ctx.data_rank :: self.ctx.data_size]
         errors = words = 0
         data = self.ctx.feed(self.reader.evaluation(jobs, self.ctx.seed_for("evaluation")))
         for numbers, utterances in zip(jobs, data, strict=True):
@@ -202,7 +202,7 @@ class RnntWorkload:
             found = jiwer.process_words(said, heard)
             errors += found.substitutions + found.deletions + found.insertions
             words += found.hits + found.substitutions + found.deletions
-        counts = self.ctx.backend.all_gather([float(errors), float(words)])
+        counts = self.ctx.gather([float(errors), float(words)])
         errors, words = (sum(column) for column in zip(*counts, strict=True))
         return {METRIC: errors / words}
 
