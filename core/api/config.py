@@ -6,8 +6,9 @@ YAML holds the values, a dataclass types, ranges and meaning: whichever way a va
 import dataclasses
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -67,6 +68,8 @@ class SubmissionConfig:
 class RunConfig:
     """The root configuration. `workload`, `backend` and each `opt` are checked against their plugin's own `Config`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"warmup_steps": "prewarm_steps"}
+
     workload: Any
     backend: Any
     opt: dict[str, Any]
@@ -81,7 +84,7 @@ class RunConfig:
     resume: str
     resume_changed: bool
     score_restarts: bool
-    warmup_steps: int = checked(at_least=0)
+    prewarm_steps: int = checked(at_least=0)
     log_seconds: float = checked(above=0)
 
 

@@ -131,7 +131,7 @@ class _Rank:
             if isinstance(spec, OptSpec) and spec.components and not spec.components & offered:
                 what = f"opt '{chosen.name}' replaces {', '.join(sorted(spec.components))}"  # and so would do nothing
                 raise PluginError(f"{what}, which workload '{self.plan.workload}' does not offer: leave it out")
-        if ctx.config.warmup_steps:
+        if ctx.config.prewarm_steps:
             _warm_up(ctx, hooks, forward_backward)
         self.warm_evidence = hooks.verify(ctx=ctx)
         self.watch = Watch(ctx, self.record, hooks, self.signals, self._save)
@@ -275,7 +275,7 @@ def _warm_up(ctx: RunContext, hooks: Any, forward_backward: Step) -> None:
     generators = checkpoint.generator_states(ctx.device)
     (batch,) = ctx.feed(hooks.wrap_batches(ctx=ctx, batches=[ctx.workload.synthetic_batch()]))
     ctx.model.train()
-    for _ in range(ctx.config.warmup_steps):
+    for _ in range(ctx.config.prewarm_steps):
         forward_backward(batch)
         ctx.optimizer.zero_grad()
     _without_gradient(ctx, ctx.infer, batch.data)
