@@ -1,6 +1,8 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from core.api.config import checked
 
@@ -10,6 +12,11 @@ SIZES = ("tiny", "mini", "small", "medium", "base", "large")
 @dataclass(kw_only=True)
 class BertConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "warmup_steps": "lr_warmup_steps",
+        "start_warmup_step": "lr_warmup_start_step",
+    }
 
     data_set: str = checked(choices=("articles", "shards"))
     """`articles`: the Wikipedia articles in the gensim wheel, or shards where data.root names a folder; `shards`: what
@@ -65,8 +72,8 @@ class BertConfig:
     base_learning_rate: float = checked(above=0)
     training_steps: int = checked(at_least=1)
     """Step at which the polynomial decay has reached 0."""
-    warmup_steps: int = checked(at_least=0)
-    start_warmup_step: int = checked(at_most=0)
+    lr_warmup_steps: int = checked(at_least=0)
+    lr_warmup_start_step: int = checked(at_most=0)
     """The warm-up counts its steps from here, as the reference does: -100 begins 100 steps up the line."""
     poly_power: float = checked(above=0)
     beta_1: float = checked(at_least=0, at_most=0.9999)

@@ -159,8 +159,8 @@ class BertWorkload:
         config = self.config
         return Schedule(
             base=config.base_learning_rate,
-            warmup_steps=config.warmup_steps,
-            start_warmup_step=config.start_warmup_step,
+            warmup_steps=config.lr_warmup_steps,
+            start_warmup_step=config.lr_warmup_start_step,
             training_steps=config.training_steps,
             power=config.poly_power,
         )
@@ -206,9 +206,9 @@ class BertWorkload:
             constants.OPT_BASE_LR: config.base_learning_rate,
             "opt_epsilon": config.epsilon,
             constants.OPT_LR_TRAINING_STEPS: config.training_steps,
-            constants.OPT_LR_WARMUP_STEPS: config.warmup_steps,
-            constants.NUM_WARMUP_STEPS: config.warmup_steps,
-            constants.START_WARMUP_STEP: config.start_warmup_step,
+            constants.OPT_LR_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.NUM_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.START_WARMUP_STEP: config.lr_warmup_start_step,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
             constants.OPT_LAMB_WEIGHT_DECAY: config.weight_decay,

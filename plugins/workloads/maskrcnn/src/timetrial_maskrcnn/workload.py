@@ -156,9 +156,9 @@ class MaskRCNNWorkload:
     def learning_rate(self, step: int) -> float:
         """A straight line up, then steps down (the reference's WarmupMultiStepLR)."""
         config = self.config
-        warm = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-        risen = config.warmup_factor + (1 - config.warmup_factor) * warm
-        return self.base_learning_rate * risen * config.decay_factor ** bisect.bisect_right(self.decay_steps, step)
+        warm = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+        risen = config.lr_warmup_factor + (1 - config.lr_warmup_factor) * warm
+        return self.base_learning_rate * risen * config.lr_decay_factor ** bisect.bisect_right(self.decay_steps, step)
 
     @property
     def base_learning_rate(self) -> float:
@@ -166,9 +166,9 @@ class MaskRCNNWorkload:
 
     @property
     def decay_steps(self) -> list[int]:
-        if self.config.decay_steps is not None:
-            return list(self.config.decay_steps)
-        stretched = (1 + self.config.decay_k / 10) * REFERENCE_BATCH / self.global_batch_size
+        if self.config.lr_decay_at is not None:
+            return list(self.config.lr_decay_at)
+        stretched = (1 + self.config.lr_decay_k / 10) * REFERENCE_BATCH / self.global_batch_size
         return [round(step * stretched) for step in REFERENCE_DECAY]
 
     # ------------------------------------------------------------------------------------------ loss and evaluation
@@ -198,9 +198,9 @@ class MaskRCNNWorkload:
         config = self.config
         return {
             "opt_base_learning_rate": self.base_learning_rate,
-            "opt_learning_rate_warmup_steps": config.warmup_steps,
-            "opt_learning_rate_warmup_factor": config.warmup_factor,
-            "opt_learning_rate_decay_factor": config.decay_factor,
+            "opt_learning_rate_warmup_steps": config.lr_warmup_steps,
+            "opt_learning_rate_warmup_factor": config.lr_warmup_factor,
+            "opt_learning_rate_decay_factor": config.lr_decay_factor,
             "opt_learning_rate_decay_steps": self.decay_steps,
             "num_image_candidates": config.proposals_train,
             "min_image_size": SIDE if isinstance(self.train, Scenes) else config.min_size,

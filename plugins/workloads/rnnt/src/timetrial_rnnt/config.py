@@ -1,6 +1,8 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from core.api.config import checked
 
@@ -8,6 +10,10 @@ from core.api.config import checked
 @dataclass(kw_only=True)
 class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "warmup_epochs": "lr_warmup_epochs",
+    }
 
     data_set: str = checked(choices=("digits", "prepared"))
     """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
@@ -78,7 +84,7 @@ class RnntConfig:
 
     base_learning_rate: float = checked(above=0)
     min_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
+    lr_warmup_epochs: float = checked(at_least=0)
     hold_epochs: float = checked(at_least=0)
     decay_per_epoch: float = checked(above=0, at_most=1)
     """After warm-up and hold, the learning rate is multiplied by it in each epoch."""

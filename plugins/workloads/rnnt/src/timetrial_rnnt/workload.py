@@ -176,7 +176,7 @@ class RnntWorkload:
             base=config.base_learning_rate,
             minimum=config.min_learning_rate,
             steps_per_epoch=1 if self.ctx.synthetic else self._sampler.batches,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.lr_warmup_epochs,
             hold_epochs=config.hold_epochs,
             decay=config.decay_per_epoch,
         )
@@ -229,7 +229,7 @@ class RnntWorkload:
             constants.OPT_LAMB_LR_DECAY_POLY_POWER: config.decay_per_epoch,
             constants.OPT_LAMB_LR_HOLD_EPOCHS: config.hold_epochs,
             constants.OPT_LAMB_LR_MIN: config.min_learning_rate,
-            constants.OPT_LR_WARMUP_EPOCHS: config.warmup_epochs,
+            constants.OPT_LR_WARMUP_EPOCHS: config.lr_warmup_epochs,
             constants.OPT_WEIGHT_DECAY: config.weight_decay,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
