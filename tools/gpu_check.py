@@ -56,7 +56,7 @@ CORRECTNESS = {
         "workload.games=64",
         "workload.parallel_games=64",
         "workload.epoch_examples=1024",
-        "workload.eval_first=99",
+        "workload.eval.first=99",
     ),
 }
 """Tried in this order, until one offers what an opt replaces; workloads not listed come after them, as they are."""

@@ -65,6 +65,20 @@ class SubmissionConfig:
 
 
 @dataclass(kw_only=True)
+class EvalConfig:
+    """When and how a workload evaluates. null leaves a value to the workload."""
+
+    every: int | None = checked(at_least=1)
+    """Epochs or samples from one evaluation to the next."""
+    first: int | None = checked(at_least=1)
+    """Epochs or samples before the first evaluation; null: as many as `every`."""
+    unit: str = checked(choices=("epochs", "samples"))
+    """What `every` and `first` count."""
+    batch_size: int | None = checked(at_least=1)
+    """Examples in a batch of the evaluation, on each rank."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """The root configuration. `workload`, `backend` and each `opt` are checked against their plugin's own `Config`."""
 

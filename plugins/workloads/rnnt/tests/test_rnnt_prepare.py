@@ -24,7 +24,7 @@ MakeWorkload = Callable[..., RnntWorkload]
 PrepareSpeech = Callable[..., "subprocess.CompletedProcess[str]"]
 OfficialChecker = Callable[[Path], None]
 
-PREPARED = ("vocab_size=16", "global_batch_size=8", "eval_batch_size=4")
+PREPARED = ("vocab_size=16", "global_batch_size=8", "eval.batch_size=4")
 
 
 def manifest(out: Path) -> dict[str, object]:

@@ -34,7 +34,7 @@ SETTINGS = (
     "workload.lr_warmup_steps=50",
     "workload.global_batch_size=32",
     "workload.max_epochs=3",
-    "workload.eval_every_samples=6400",
+    "workload.eval.every=6400",
 )
 """What differs from `workload=bert` itself."""
 

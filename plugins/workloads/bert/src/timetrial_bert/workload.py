@@ -10,9 +10,9 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import IGNORED, collate
@@ -37,8 +37,7 @@ class BertWorkload:
                 f"workload.sequence_length={config.sequence_length} needs workload.max_positions at least as large"
             )
         self.targets = [Target(METRIC, config.target)]
-        every = config.eval_every_samples or closed_cadence(config.global_batch_size)
-        self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
+        self.eval_cadence = eval_cadence(config.eval, closed_cadence(config.global_batch_size), "samples")
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -192,8 +191,9 @@ class BertWorkload:
     def _eval_batches(self) -> Iterable[dict[str, Tensor]]:
         config = self.config
         mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
-        for start in range(mine.start, mine.stop, config.eval_batch_size):
-            examples = self.examples.evaluation(range(start, min(start + config.eval_batch_size, mine.stop)))
+        size = config.eval.batch_size or config.global_batch_size
+        for start in range(mine.start, mine.stop, size):
+            examples = self.examples.evaluation(range(start, min(start + size, mine.stop)))
             yield collate(examples, config.sequence_length, config.max_predictions, 1.0)
 
     # --------------------------------------------------------------------------------------------- log and checkpoint

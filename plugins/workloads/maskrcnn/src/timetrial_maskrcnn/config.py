@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
@@ -12,6 +12,9 @@ class MaskRCNNConfig:
     """`conf/workload/*.yaml` holds the values of the options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every_epochs": "eval.every",
+        "eval_first_epoch": "eval.first",
         "warmup_steps": "lr_warmup_steps",
         "warmup_factor": "lr_warmup_factor",
         "decay_steps": "lr_decay_at",
@@ -69,13 +72,11 @@ class MaskRCNNConfig:
     nms_iou: float = checked(above=0, at_most=1)
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     box_target: float = checked(above=0, at_most=1)
     mask_target: float = checked(above=0, at_most=1)
-    eval_every_epochs: int = checked(at_least=1)
-    eval_first_epoch: int = checked(at_least=1)
+    eval: EvalConfig
+    """`every: null` is one epoch, and `batch_size: null` the global batch size."""
 
     base_learning_rate: float | None = checked(above=0)
     """null: 0.02 K, K being the global batch size / 16 (v1.1 rules)."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.api.data import EpochSampler
+from core.api.data import EpochSampler, eval_cadence
 from core.api.errors import DataError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Forward, Outputs, RunContext, Target, WorkloadSpec
 from core.prepare import check_manifest
 from timetrial_maskrcnn import digits, evaluation, weights
 from timetrial_maskrcnn.batch import Example, collate
@@ -44,7 +44,7 @@ class MaskRCNNWorkload:
             Target("box_ap", config.box_target, log_name="BBOX"),
             Target("mask_ap", config.mask_target, log_name="SEGM"),
         ]
-        self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.train: Scenes | Coco
         self.eval: Scenes | Coco
@@ -106,7 +106,7 @@ class MaskRCNNWorkload:
 
     def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
         """Every `world_size`-th batch. Ranks share out whole ones, since a kernel's last bits depend on the batch."""
-        size, ctx = self.config.eval_batch_size, self.ctx
+        size, ctx = self.config.eval.batch_size or self.global_batch_size, self.ctx
         starts = range(ctx.rank * size, self.eval_samples, ctx.world_size * size)
         groups = ((None, range(start, min(start + size, self.eval_samples))) for start in starts)
         for _, examples in read_ahead(groups, self.eval.example, self.pool):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.api.data import EpochSampler
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.data import EpochSampler, eval_cadence
+from core.api.types import Batch, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_resnet.augment import Augmentation
 from timetrial_resnet.idx import DEBIAN_FASHION_MNIST
 from timetrial_resnet.imagefolder import IGNORED, ImageFolder, refuse_too_many
@@ -39,7 +39,7 @@ class ResNetWorkload:
     def __init__(self, spec: WorkloadSpec, config: ResNetConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target(METRIC, config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
         self.images: SmallImages | ImageFolder
@@ -163,7 +163,8 @@ class ResNetWorkload:
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Top-1 accuracy. An unreadable image counts as wrong."""
         correct = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
-        for data in self.ctx.feed(self.images.eval_batches(self.config.eval_batch_size)):
+        size = self.config.eval.batch_size or self.global_batch_size
+        for data in self.ctx.feed(self.images.eval_batches(size)):
             correct += (infer(data).argmax(1) == data[1]).sum()
         counts = self.ctx.backend.all_gather([float(correct), *self._bad_examples()])
         self._agree_on_bad([int(number) for row in counts for number in row[1:] if number >= 0])

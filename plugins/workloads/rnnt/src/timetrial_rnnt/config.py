@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
@@ -12,6 +12,9 @@ class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every": "eval.every",
+        "eval_first": "eval.first",
         "warmup_epochs": "lr_warmup_epochs",
     }
 
@@ -70,14 +73,11 @@ class RnntConfig:
     """The initial weights and biases of the LSTMs are torch's times this."""
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     target: float = checked(above=0, at_most=1)
     """Word error rate over the whole evaluation set."""
-    eval_every: int = checked(at_least=1)
-    eval_first: int = checked(at_least=1)
-    """Epochs: between two evaluations, and before the first."""
+    eval: EvalConfig
+    """`every: null` is one epoch, and `batch_size: null` the global batch size."""
     max_symbols: int = checked(at_least=1)
     max_symbols_per_frame: int = checked(at_least=1)
     """Limits of decoding: of an utterance, and of one encoder frame."""

@@ -14,8 +14,9 @@ from mlperf_logging.mllog import constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from core.api.data import eval_cadence
 from core.api.errors import UsageError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, layers, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
@@ -41,7 +42,7 @@ class RnntWorkload:
         if config.tokens == "letters" and config.vocab_size != Letters.size:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
         self.targets = [Target(METRIC, config.target, higher_is_better=False)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.corpus = self._corpus()
         self.reader = Reader(config, ctx, self.corpus)
@@ -214,7 +215,7 @@ class RnntWorkload:
         """The evaluation set in batches of about equal length, the longest first. Ranks take whole ones in turn, so
         what an utterance is computed beside is the same for every number of them."""
         order = np.argsort(-self.corpus.durations("eval"), kind="stable")
-        size = self.config.eval_batch_size
+        size = self.config.eval.batch_size or self.global_batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     # --------------------------------------------------------------------------------------------- log and checkpoint
