@@ -15,7 +15,7 @@ import pytest
 
 from core.testing.cli import Outcome, environment, run_cli
 
-ENDLESS = ("workload=toy", "workload.max_epochs=100000", "workload.target=1", "workload.eval_every=100000")
+ENDLESS = ("workload=toy", "workload.max_epochs=100000", "workload.target=1", "workload.eval.every=100000")
 """A run that only a signal ends; log_seconds is short so that ranks agree on it soon."""
 SHORT = ("workload=toy", "stop.steps=20", "checkpoint.every_steps=5")
 

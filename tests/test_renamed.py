@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 
+from core.api.config import RunConfig
+from core.compose.discovery import discover
 from core.testing.cli import run_cli
 
 OPT = """
@@ -57,3 +61,39 @@ def test_an_unknown_key_that_nothing_replaces_is_answered_with_the_nearest_one(t
     (site / "fake_paced_paced/conf/opt/paced.yaml").write_text("# @package opt.paced\ninner: {every: 1}\n")
     line = refused("workload=toy", "+opt=paced", "opt.paced.iner=3", tmp_path=tmp_path, PYTHONPATH=str(site))
     assert "did you mean 'inner'?" in line
+
+
+RENAMED = {
+    installed.target: schema
+    for installed in discover().plugins
+    if hasattr(schema := installed.load().Config, "RENAMED")
+}
+
+
+@pytest.mark.parametrize("schema", [RunConfig, *RENAMED.values()], ids=lambda schema: schema.__name__)
+def test_every_new_name_is_a_key_and_no_old_one_is(schema: Any) -> None:
+    names = dict.fromkeys(schema.RENAMED.values(), True) | dict.fromkeys(schema.RENAMED, False)
+    assert {name: has(schema, name) for name in names} == names
+
+
+def has(schema: Any, dotted: str) -> bool:
+    """Whether a dataclass, or one within it, has this field."""
+    name, _, rest = dotted.partition(".")
+    field = get_type_hints(schema).get(name) if name in {field.name for field in dataclasses.fields(schema)} else None
+    if not rest:
+        return field is not None
+    return field is not None and (has(field, rest) if dataclasses.is_dataclass(field) else get_origin(field) is dict)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("warmup_steps=3",), "'warmup_steps': it is called prewarm_steps now"),
+        (("+warmup_steps=3",), "'warmup_steps': it is called prewarm_steps now"),
+        (("+opt=cuda_graphs", "opt.cuda_graphs.warmup=3"), "it is called opt.cuda_graphs.eager_steps now"),
+    ],
+)
+def test_an_old_key_of_this_repository_is_answered_with_its_new_name(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    assert refused(*arguments, tmp_path=tmp_path).endswith(expected)

@@ -255,7 +255,7 @@ def measure_core(size: dict[str, int], folder: Path, env: dict[str, str]) -> dic
         "workload": "toy", "workload.features": size["features"], "workload.hidden": size["hidden"],
         "workload.examples": EXAMPLES, "workload.eval_examples": BATCH, "workload.classes": CLASSES,
         "workload.global_batch_size": BATCH, "workload.learning_rate": LEARNING_RATE, "workload.momentum": MOMENTUM,
-        "workload.eval_every": 10**6, "workload.max_epochs": 10**6, "stop.steps": size["steps"], "seed": SEED,
+        "workload.eval.every": 10**6, "workload.max_epochs": 10**6, "stop.steps": size["steps"], "seed": SEED,
         "checkpoint.at_end": "false", "run_dir": run_dir,
     }  # fmt: skip
     command = [sys.executable, "-m", "core.run", *(f"{key}={value}" for key, value in settings.items())]

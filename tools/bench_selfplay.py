@@ -85,7 +85,7 @@ def make_network(arguments: argparse.Namespace) -> Any:
 
     leave_the_default_stream(device)
     capture = refusing(CudaCapture(), "the network", "leave out cuda_graphs")
-    return Graphed(evaluate, capture, warmup=3, max_graphs=2)
+    return Graphed(evaluate, capture, eager_calls=3, max_graphs=2)
 
 
 def clock(arguments: argparse.Namespace) -> float:

@@ -56,7 +56,7 @@ CORRECTNESS = {
         "workload.games=64",
         "workload.parallel_games=64",
         "workload.epoch_examples=1024",
-        "workload.eval_first=99",
+        "workload.eval.first=99",
     ),
 }
 """Tried in this order, until one offers what an opt replaces; workloads not listed come after them, as they are."""
@@ -436,7 +436,7 @@ def throughput(check: Check) -> list[Row]:
     names = [w for w in check.workloads if w not in NOT_TIMED[check.device]]
     arguments = {w: (f"workload={w}", *THROUGHPUT[check.device].get(w, ()), "data=synthetic") for w in names}
     seconds = "5" if check.cuda else "2"
-    timed = (*check.backend, "deterministic=false", f"stop.seconds={seconds}", "log_seconds=0.5", "warmup_steps=2")
+    timed = (*check.backend, "deterministic=false", f"stop.seconds={seconds}", "log_seconds=0.5", "prewarm_steps=2")
     flops: dict[str, float] = {}
     rows: list[Row] = []
     for variant, opts in VARIANTS.items():

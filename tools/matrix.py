@@ -52,12 +52,12 @@ WORKLOADS = {
     ),
     "maskrcnn": (
         "workload=maskrcnn", "workload.width=8", "workload.train_scenes=32", "workload.eval_scenes=4",
-        "workload.global_batch_size=8", "workload.eval_first_epoch=1", "workload.least_score=0.0001", "stop.epochs=1",
+        "workload.global_batch_size=8", "workload.eval.first=1", "workload.least_score=0.0001", "stop.epochs=1",
     ),
     "minigo": (
         "workload=minigo", "workload.width=8", "workload.blocks=1", "workload.games=16", "workload.simulations=4",
         "workload.epoch_examples=64", "workload.global_batch_size=32", "workload.eval_games=4",
-        "workload.opponent_simulations=2", "workload.eval_first=1", "workload.eval_every=1", "workload.target=1",
+        "workload.opponent_simulations=2", "workload.eval.first=1", "workload.eval.every=1", "workload.target=1",
         "stop.epochs=3",
     ),
 }  # fmt: skip

@@ -6,8 +6,9 @@ YAML holds the values, a dataclass types, ranges and meaning: whichever way a va
 import dataclasses
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -66,8 +67,24 @@ class SubmissionConfig:
 
 
 @dataclass(kw_only=True)
+class EvalConfig:
+    """When and how a workload evaluates. null leaves a value to the workload."""
+
+    every: int | None = checked(at_least=1)
+    """Epochs or samples from one evaluation to the next."""
+    first: int | None = checked(at_least=1)
+    """Epochs or samples before the first evaluation; null: as many as `every`."""
+    unit: str = checked(choices=("epochs", "samples"))
+    """What `every` and `first` count."""
+    batch_size: int | None = checked(at_least=1)
+    """Examples in a batch of the evaluation, on each rank."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """The root configuration. Parts typed Any are checked against their plugin's own `Config`."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"warmup_steps": "prewarm_steps"}
 
     workload: Any
     backend: Any

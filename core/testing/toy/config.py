@@ -1,12 +1,18 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
 class ToyConfig:
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_every": "eval.every",
+    }
+
     examples: int = checked(at_least=1)
     eval_examples: int = checked(at_least=1)
     features: int = checked(at_least=1)
@@ -17,5 +23,5 @@ class ToyConfig:
     momentum: float = checked(at_least=0, at_most=1)
     max_epochs: int = checked(at_least=1)
     target: float = checked(at_least=0, at_most=1)
-    eval_every: int = checked(at_least=1)
+    eval: EvalConfig
     dropout: float = checked(at_least=0, at_most=0.99)

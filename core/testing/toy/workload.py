@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.seams import TENSOR_PLAN
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from core.testing.toy.config import ToyConfig
 
 
@@ -23,7 +23,7 @@ class ToyWorkload:
     def __init__(self, spec: WorkloadSpec, config: ToyConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target("accuracy", config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_every)
+        self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs = config.max_epochs
         self.global_batch_size = config.global_batch_size
         self.train_samples, self.eval_samples = config.examples, config.eval_examples
@@ -82,9 +82,12 @@ class ToyWorkload:
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
-        rows = slice(self.train_samples + mine.start, self.train_samples + mine.stop)
-        predicted = infer({"points": self.points[rows]}).argmax(1)
-        correct = float((predicted == self.labels[rows]).sum())
+        first, last = self.train_samples + mine.start, self.train_samples + mine.stop
+        size, correct = self.config.eval.batch_size or self.eval_samples, 0.0
+        for start in range(first, last, size):
+            rows = slice(start, min(start + size, last))
+            predicted = infer({"points": self.points[rows]}).argmax(1)
+            correct += float((predicted == self.labels[rows]).sum())
         counts = self.ctx.gather([correct, float(len(mine))])
         return {"accuracy": sum(c for c, _ in counts) / sum(n for _, n in counts)}
 

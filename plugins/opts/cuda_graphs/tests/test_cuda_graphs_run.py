@@ -17,7 +17,7 @@ from core.api.types import WorkloadSpec
 from core.testing.cli import Outcome, run_cli, run_program
 from timetrial_cuda_graphs.plugin import CudaGraphs, CudaGraphsConfig
 
-CONFIG: dict[str, Any] = {"warmup": 11, "max_graphs": 8, "max_shapes": 16, "inference": True}
+CONFIG: dict[str, Any] = {"eager_steps": 11, "max_graphs": 8, "max_shapes": 16, "inference": True}
 
 
 def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
@@ -26,7 +26,7 @@ def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
 
 
 TOY = (
-    "workload=toy", "workload.dropout=0.3", "workload.examples=232", "workload.eval_every=1",
+    "workload=toy", "workload.dropout=0.3", "workload.examples=232", "workload.eval.every=1",
     "stop.epochs=6", "workload.target=1.0",
 )  # fmt: skip
 
@@ -161,15 +161,15 @@ def test_what_a_partly_captured_model_does_not_allow_is_refused(opt: str) -> Non
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"opt.cuda_graphs.warmup=0"):
-        validate(CudaGraphsConfig, {**CONFIG, "warmup": 0}, "opt.cuda_graphs")
+    with pytest.raises(UsageError, match=r"opt.cuda_graphs.eager_steps=0"):
+        validate(CudaGraphsConfig, {**CONFIG, "eager_steps": 0}, "opt.cuda_graphs")
 
 
 def test_ddp_with_too_few_warm_up_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import nn
 
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.Sequential)
-    plugin = CudaGraphs(CudaGraphsConfig(**{**CONFIG, "warmup": 10}))
+    plugin = CudaGraphs(CudaGraphsConfig(**{**CONFIG, "eager_steps": 10}))
     spec = replace(Given("step").spec, static_shapes=True)
     ctx: Any = SimpleNamespace(distributed_model=nn.Sequential(), workload=SimpleNamespace(spec=spec))
     with pytest.raises(UsageError, match="at least 11 eager steps"):

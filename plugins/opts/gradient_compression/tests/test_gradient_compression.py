@@ -164,11 +164,11 @@ def plugin(**changes: Any) -> GradientCompression:
 
 @on_cpu_alone
 @pytest.mark.parametrize(
-    ("warmup_steps", "opts", "message"),
-    [(0, {}, "needs warmup_steps of at least 1"), (1, {"cuda_graphs": {}}, "no CUDA graph can hold")],
+    ("prewarm_steps", "opts", "message"),
+    [(0, {}, "needs prewarm_steps of at least 1"), (1, {"cuda_graphs": {}}, "no CUDA graph can hold")],
 )
-def test_powersgd_refuses_what_would_break_it(warmup_steps: int, opts: dict[str, Any], message: str) -> None:
-    ctx: Any = SimpleNamespace(config=SimpleNamespace(warmup_steps=warmup_steps, opt=opts), device=CPU)
+def test_powersgd_refuses_what_would_break_it(prewarm_steps: int, opts: dict[str, Any], message: str) -> None:
+    ctx: Any = SimpleNamespace(config=SimpleNamespace(prewarm_steps=prewarm_steps, opt=opts), device=CPU)
     with pytest.raises(UsageError, match=message):
         plugin().communication_hook(ctx)
 
@@ -177,7 +177,7 @@ def test_powersgd_refuses_what_would_break_it(warmup_steps: int, opts: dict[str,
 @pytest.mark.usefixtures("process_group")
 def test_evidence_tells_warm_up_whole_and_compressed_steps_apart() -> None:
     mine = plugin(start_step=3, rank=1)
-    config = SimpleNamespace(warmup_steps=1, opt={})
+    config = SimpleNamespace(prewarm_steps=1, opt={})
     ctx: Any = SimpleNamespace(config=config, device=CPU, seed_for=lambda *names: 5)
     assert not mine.verify().active
     state, hook = mine.communication_hook(ctx)

@@ -218,7 +218,7 @@ def test_losses_equal_the_baselines_over_twenty_steps_and_nothing_overflows(tmp_
 
 SHORT = (
     "workload=maskrcnn", "workload.train_scenes=80", "workload.eval_scenes=12", "workload.global_batch_size=4",
-    "workload.eval_first_epoch=1", "workload.warmup_steps=5", "workload.least_score=0.0001", "stop.epochs=1",
+    "workload.eval.first=1", "workload.lr_warmup_steps=5", "workload.least_score=0.0001", "stop.epochs=1",
 )  # fmt: skip
 """One epoch and an evaluation with detections."""
 

@@ -13,6 +13,6 @@ class TestStaticDetection(OptSuite):
         "workload.box_target=0.000001",
         "workload.mask_target=0.000001",
         "workload.least_score=0.0001",
-        "workload.eval_batch_size=4",
+        "workload.eval.batch_size=4",
     )
     steps = 6

@@ -19,8 +19,8 @@ from timetrial_maskrcnn import evaluation
 from timetrial_maskrcnn.scenes import SIDE, Scenes
 
 SHORT = (
-    "workload=maskrcnn", "workload.train_scenes=640", "workload.eval_scenes=21", "workload.eval_batch_size=8",
-    "workload.eval_first_epoch=1", "stop.epochs=1", "workload.warmup_steps=60", "workload.least_score=0.0001",
+    "workload=maskrcnn", "workload.train_scenes=640", "workload.eval_scenes=21", "workload.eval.batch_size=8",
+    "workload.eval.first=1", "stop.epochs=1", "workload.lr_warmup_steps=60", "workload.least_score=0.0001",
     "checkpoint.every_steps=80", "checkpoint.at_end=false",
 )  # fmt: skip
 """One epoch of 80 steps, after which both qualities are above 0."""

@@ -44,8 +44,8 @@ def test_learning_rate_and_decay_follow_from_the_batch_as_at_the_reference_point
 def test_the_closed_configuration_is_a_reference_convergence_point() -> None:
     workload, point = closed(), POINTS["maskrcnn_ref_96"]
     assert workload.global_batch_size == point["BS"]
-    assert workload.config.warmup_steps == point["Hyperparams"]["opt_learning_rate_warmup_steps"]
-    assert workload.config.warmup_factor == point["Hyperparams"]["opt_learning_rate_warmup_factor"]
+    assert workload.config.lr_warmup_steps == point["Hyperparams"]["opt_learning_rate_warmup_steps"]
+    assert workload.config.lr_warmup_factor == point["Hyperparams"]["opt_learning_rate_warmup_factor"]
     assert [target.value for target in workload.targets] == [0.377, 0.339]
 
 

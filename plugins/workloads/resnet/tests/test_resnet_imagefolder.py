@@ -19,7 +19,7 @@ from timetrial_resnet.workload import ResNetWorkload
 
 MakeWorkload = Callable[..., ResNetWorkload]
 
-SMALL = ("global_batch_size=4", "eval_batch_size=4", "image_size=32", "arch=resnet18", "width=4")
+SMALL = ("global_batch_size=4", "eval.batch_size=4", "image_size=32", "arch=resnet18", "width=4")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ MakeWorkload = Callable[..., RnntWorkload]
 PrepareSpeech = Callable[..., "subprocess.CompletedProcess[str]"]
 OfficialChecker = Callable[[Path], None]
 
-PREPARED = ("vocab_size=16", "global_batch_size=8", "eval_batch_size=4")
+PREPARED = ("vocab_size=16", "global_batch_size=8", "eval.batch_size=4")
 
 
 def manifest(out: Path) -> dict[str, object]:
@@ -197,7 +197,7 @@ def test_real_speech_is_learned_and_the_log_passes_the_official_checker(
     assert prepare_speech(real_speech, tmp_path / "out", *letters).returncode == 0
     small = ("encoder_hidden=192", "predictor_hidden=96", "joint_hidden=128", "pre_layers=1", "post_layers=1")
     plain = ("encoder_dropout=0", "predictor_dropout=0", "joint_dropout=0", "predictor_layers=1", "init_scale=1")
-    fast = ("global_batch_size=8", "base_learning_rate=0.01", "warmup_epochs=1", "beta_2=0.99", "ema=0.98")
+    fast = ("global_batch_size=8", "base_learning_rate=0.01", "lr_warmup_epochs=1", "beta_2=0.99", "ema=0.98")
     outcome = run_cli(
         "workload=rnnt_mlperf", f"data.root={tmp_path / 'out'}", "stop.epochs=6", *letters,
         *(f"workload.{setting}" for setting in (*small, *plain, *fast)), run_dir=tmp_path / "run",

@@ -87,8 +87,8 @@ def signature(tree: Any) -> tuple[list[Tensor], Hashable]:
 class Graphed:
     """`step(tree)` through recordings, at most `max_graphs` of them; the least recently used one makes room.
 
-    The first `warmup` calls are eager, and so is the first call with each signature: whatever is set up lazily for it
-    is then set up outside a recording. Results are copies, since the next replay overwrites the originals.
+    The first `eager_calls` calls are eager, and so is the first call with each signature: whatever is set up lazily for
+    it is then set up outside a recording. Results are copies, since the next replay overwrites the originals.
 
     With `gather`, ranks whose shapes may differ agree before each step, since collectives must be recorded and replayed
     by all ranks together. `static_shapes` says that shapes differ between steps only, not between ranks: then they
@@ -100,14 +100,14 @@ class Graphed:
         step: Callable[[Any], Any],
         capture: Capture,
         *,
-        warmup: int,
+        eager_calls: int,
         max_graphs: int,
         gather: Gather | None = None,
         static_shapes: bool = True,
         mode: Callable[[], Hashable] = lambda: None,
     ) -> None:
         self.step, self.capture = step, capture
-        self.warmup, self.max_graphs = warmup, max_graphs
+        self.eager_calls, self.max_graphs = eager_calls, max_graphs
         self.gather, self.static_shapes = gather, static_shapes
         self.mode = mode
         """State outside the input that a recording takes as fixed, such as whether the model is in training mode."""
@@ -143,7 +143,7 @@ class Graphed:
 
     def _why_eager(self, key: Hashable, graph: _Graph | None) -> str:
         """The reason against a replay of this call, or ""."""
-        if self.seen.eager["warm-up"] < self.warmup:
+        if self.seen.eager["warm-up"] < self.eager_calls:
             return "warm-up"
         reason = "first of its shape" if graph is None and key not in self._met else ""
         if self.gather is not None and self._ranks_may_differ(self.gather):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.api.config import RunConfig, checked
 from core.api.errors import UsageError
@@ -45,7 +45,9 @@ NOT_WITH_PARTS = {
 class CudaGraphsConfig:
     """Settings of `opt.cuda_graphs`."""
 
-    warmup: int = checked(at_least=1)
+    RENAMED: ClassVar[Mapping[str, str]] = {"warmup": "eager_steps"}
+
+    eager_steps: int = checked(at_least=1)
     """Eager steps before the first capture; they are real, counted steps."""
     max_graphs: int = checked(at_least=1)
     """Graphs kept for training, and as many for inference."""
@@ -161,17 +163,17 @@ class CudaGraphs(Plugin):
         from timetrial_cuda_graphs.optimizer import REMEDY, replayable
 
         for ddp in (m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)):
-            if self.config.warmup < DDP_WARMUP:
+            if self.config.eager_steps < DDP_WARMUP:
                 raise UsageError(
-                    f"opt.cuda_graphs.warmup={self.config.warmup}: with DistributedDataParallel at least {DDP_WARMUP} "
-                    "eager steps are needed"
+                    f"opt.cuda_graphs.eager_steps={self.config.eager_steps}: with DistributedDataParallel at least "
+                    f"{DDP_WARMUP} eager steps are needed"
                 )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
         hint = f"leave out 'cuda_graphs', or {REMEDY} if it is the optimizer that waits for the device"
         return Graphed(
             step,
             replayable(refusing(capture, "the training step", hint), ctx.optimizer),
-            warmup=self.config.warmup,
+            eager_calls=self.config.eager_steps,
             max_graphs=self.config.max_graphs,
             gather=(lambda number: [row[0] for row in ctx.backend.all_gather([number])])
             if ctx.world_size > 1
@@ -186,7 +188,7 @@ class CudaGraphs(Plugin):
         return Graphed(
             step,
             refusing(capture, "the inference step", "set opt.cuda_graphs.inference=false"),
-            warmup=INFERENCE_WARMUP,
+            eager_calls=INFERENCE_WARMUP,
             max_graphs=self.config.max_graphs,
             mode=lambda: ctx.model.training,
         )

@@ -100,9 +100,9 @@ class GradientCompression(Plugin):
                 f"{where} on CPU ranks works only where torch sees no GPU, for torch's hook waits for any that it "
                 "sees: set CUDA_VISIBLE_DEVICES to nothing, or use backend=nccl"
             )
-        if ctx.config.warmup_steps == 0:
+        if ctx.config.prewarm_steps == 0:
             raise UsageError(
-                f"{where} needs warmup_steps of at least 1: buckets take their final shape after the first backward "
+                f"{where} needs prewarm_steps of at least 1: buckets take their final shape after the first backward "
                 "pass, and what a resumed run has kept for each belongs to that shape"
             )
         if "cuda_graphs" in ctx.config.opt:

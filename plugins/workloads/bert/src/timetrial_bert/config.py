@@ -1,8 +1,10 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 SIZES = ("tiny", "mini", "small", "medium", "base", "large")
 
@@ -10,6 +12,13 @@ SIZES = ("tiny", "mini", "small", "medium", "base", "large")
 @dataclass(kw_only=True)
 class BertConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every_samples": "eval.every",
+        "warmup_steps": "lr_warmup_steps",
+        "start_warmup_step": "lr_warmup_start_step",
+    }
 
     data_set: str = checked(choices=("articles", "shards"))
     """`articles`: the Wikipedia articles in the gensim wheel, or shards where data.root names a folder; `shards`: what
@@ -53,20 +62,19 @@ class BertConfig:
     """`starter`: the checkpoint in this package; a file (README: "Checkpoints"); null: from scratch."""
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     target: float = checked(above=0, at_most=1)
     """Masked-LM accuracy over the whole evaluation set."""
-    eval_every_samples: int | None = checked(at_least=1)
-    """null: the rules' formula, floor(0.05 * (230.23 * batch size + 3,000,000), 25,000)."""
+    eval: EvalConfig
+    """`every: null` is the rules' formula, floor(0.05 * (230.23 * batch size + 3,000,000), 25,000) samples, and
+    `batch_size: null` the global batch size."""
 
     optimizer: str = checked(choices=("lamb", "adamw"))
     base_learning_rate: float = checked(above=0)
     training_steps: int = checked(at_least=1)
     """Step at which the polynomial decay has reached 0."""
-    warmup_steps: int = checked(at_least=0)
-    start_warmup_step: int = checked(at_most=0)
+    lr_warmup_steps: int = checked(at_least=0)
+    lr_warmup_start_step: int = checked(at_most=0)
     """The warm-up counts its steps from here, as the reference does: -100 begins 100 steps up the line."""
     poly_power: float = checked(above=0)
     beta_1: float = checked(at_least=0, at_most=0.9999)

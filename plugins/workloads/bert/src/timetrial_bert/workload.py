@@ -10,10 +10,10 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
 from core.api.reference import LAMB, parameter_groups
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import IGNORED, collate
@@ -39,8 +39,7 @@ class BertWorkload:
                 f"workload.sequence_length={config.sequence_length} needs workload.max_positions at least as large"
             )
         self.targets = [Target(METRIC, config.target)]
-        every = config.eval_every_samples or closed_cadence(config.global_batch_size)
-        self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
+        self.eval_cadence = eval_cadence(config.eval, closed_cadence(config.global_batch_size), "samples")
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
 
@@ -161,8 +160,8 @@ class BertWorkload:
         config = self.config
         return Schedule(
             base=config.base_learning_rate,
-            warmup_steps=config.warmup_steps,
-            start_warmup_step=config.start_warmup_step,
+            warmup_steps=config.lr_warmup_steps,
+            start_warmup_step=config.lr_warmup_start_step,
             training_steps=config.training_steps,
             power=config.poly_power,
         )
@@ -194,8 +193,9 @@ class BertWorkload:
     def _eval_batches(self) -> Iterable[dict[str, Tensor]]:
         config = self.config
         mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
-        for start in range(mine.start, mine.stop, config.eval_batch_size):
-            examples = self.examples.evaluation(range(start, min(start + config.eval_batch_size, mine.stop)))
+        size = config.eval.batch_size or config.global_batch_size
+        for start in range(mine.start, mine.stop, size):
+            examples = self.examples.evaluation(range(start, min(start + size, mine.stop)))
             yield collate(examples, config.sequence_length, config.max_predictions, 1.0)
 
     # --------------------------------------------------------------------------------------------- log and checkpoint
@@ -208,9 +208,9 @@ class BertWorkload:
             constants.OPT_BASE_LR: config.base_learning_rate,
             "opt_epsilon": config.epsilon,
             constants.OPT_LR_TRAINING_STEPS: config.training_steps,
-            constants.OPT_LR_WARMUP_STEPS: config.warmup_steps,
-            constants.NUM_WARMUP_STEPS: config.warmup_steps,
-            constants.START_WARMUP_STEP: config.start_warmup_step,
+            constants.OPT_LR_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.NUM_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.START_WARMUP_STEP: config.lr_warmup_start_step,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
             constants.OPT_LAMB_WEIGHT_DECAY: config.weight_decay,

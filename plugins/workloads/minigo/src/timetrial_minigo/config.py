@@ -1,13 +1,20 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
 class MiniGoConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_every": "eval.every",
+        "eval_first": "eval.first",
+    }
 
     size: int = checked(at_least=2, at_most=19)
     """Points on a side of the board."""
@@ -80,9 +87,8 @@ class MiniGoConfig:
 
     target: float = checked(above=0, at_most=1)
     """Win rate in evaluation."""
-    eval_every: int = checked(at_least=1)
-    eval_first: int = checked(at_least=1)
-    """Epochs: between two evaluations, and before the first."""
+    eval: EvalConfig
+    """`every: null` is one epoch. The games of an evaluation are played side by side: `batch_size` is null."""
     opponent: str = checked(choices=("open_spiel", "checkpoint"))
     """`open_spiel`: its MCTS bot with random rollouts; `checkpoint`: another trained network, with search."""
     target_checkpoint: str | None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.api import faults
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_minigo import features, gating, network, sgf
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose, Game, OpenSpiel, play_match
@@ -40,7 +40,7 @@ class MiniGoWorkload:
         self.spec, self.config, self.ctx = spec, config, ctx
         _refuse_contradictions(config)
         self.targets = [Target(METRIC, config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.train_samples, self.eval_samples = config.epoch_examples, config.eval_games
@@ -259,6 +259,8 @@ def _refuse_contradictions(config: MiniGoConfig) -> None:
     if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
         what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
         raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
+    if config.eval.batch_size is not None:
+        raise UsageError("workload.eval.batch_size: the games of an evaluation are played side by side; leave it null")
     if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
         raise UsageError(
             f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"

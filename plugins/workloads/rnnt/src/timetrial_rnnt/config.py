@@ -1,13 +1,22 @@
 """What can be set under `workload`: types, ranges and meaning. Imports without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from core.api.config import checked
+from core.api.config import EvalConfig, checked
 
 
 @dataclass(kw_only=True)
 class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "eval_batch_size": "eval.batch_size",
+        "eval_every": "eval.every",
+        "eval_first": "eval.first",
+        "warmup_epochs": "lr_warmup_epochs",
+    }
 
     data_set: str = checked(choices=("digits", "prepared"))
     """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
@@ -64,21 +73,18 @@ class RnntConfig:
     """The initial weights and biases of the LSTMs are torch's times this."""
 
     global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
     max_epochs: int = checked(at_least=1)
     target: float = checked(above=0, at_most=1)
     """Word error rate over the whole evaluation set."""
-    eval_every: int = checked(at_least=1)
-    eval_first: int = checked(at_least=1)
-    """Epochs: between two evaluations, and before the first."""
+    eval: EvalConfig
+    """`every: null` is one epoch, and `batch_size: null` the global batch size."""
     max_symbols: int = checked(at_least=1)
     max_symbols_per_frame: int = checked(at_least=1)
     """Limits of decoding: of an utterance, and of one encoder frame."""
 
     base_learning_rate: float = checked(above=0)
     min_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
+    lr_warmup_epochs: float = checked(at_least=0)
     hold_epochs: float = checked(at_least=0)
     decay_per_epoch: float = checked(above=0, at_most=1)
     """After warm-up and hold, the learning rate is multiplied by it in each epoch."""

@@ -14,9 +14,10 @@ from mlperf_logging.mllog import constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from core.api.data import eval_cadence
 from core.api.errors import UsageError
 from core.api.reference import LAMB
-from core.api.types import Batch, Capture, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_rnnt import features, layers, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
@@ -43,7 +44,7 @@ class RnntWorkload:
         if config.tokens == "letters" and config.vocab_size != Letters.size:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
         self.targets = [Target(METRIC, config.target, higher_is_better=False)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(parts=("encoder",))
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.corpus = self._corpus()
@@ -177,7 +178,7 @@ class RnntWorkload:
             base=config.base_learning_rate,
             minimum=config.min_learning_rate,
             steps_per_epoch=1 if self.ctx.synthetic else self._sampler.batches,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.lr_warmup_epochs,
             hold_epochs=config.hold_epochs,
             decay=config.decay_per_epoch,
         )
@@ -215,7 +216,7 @@ class RnntWorkload:
         """The evaluation set in batches of about equal length, the longest first. Ranks take whole ones in turn, so
         what an utterance is computed beside is the same for every number of them."""
         order = np.argsort(-self.corpus.durations("eval"), kind="stable")
-        size = self.config.eval_batch_size
+        size = self.config.eval.batch_size or self.global_batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     # --------------------------------------------------------------------------------------------- log and checkpoint
@@ -230,7 +231,7 @@ class RnntWorkload:
             constants.OPT_LAMB_LR_DECAY_POLY_POWER: config.decay_per_epoch,
             constants.OPT_LAMB_LR_HOLD_EPOCHS: config.hold_epochs,
             constants.OPT_LAMB_LR_MIN: config.min_learning_rate,
-            constants.OPT_LR_WARMUP_EPOCHS: config.warmup_epochs,
+            constants.OPT_LR_WARMUP_EPOCHS: config.lr_warmup_epochs,
             constants.OPT_WEIGHT_DECAY: config.weight_decay,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
