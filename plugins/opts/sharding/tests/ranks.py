@@ -1,0 +1,303 @@
+"""What each of four ranks does in `test_sharding.py`: `python ranks.py`, with RANK and the like in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from core.api.errors import PluginError, UsageError
+from timetrial_bert.optim import LAMB, parameter_groups
+from timetrial_resnet.optim import LARS
+from timetrial_sharding.fsdp import ShardedModel
+from timetrial_sharding.layout import Layout, held, local_parts
+from timetrial_sharding.tensor import own_random_numbers, parallelize
+
+VOCABULARY, HIDDEN, HEADS, INNER = 13, 12, 4, 22  # some parts of a shard are unequal: 13 rows, and 11 of the inner size
+ROWS, LENGTH, STEPS = 8, 5, 5
+
+PLAN = {
+    "layer.*.heads": "divide",
+    "layer.*.query": "column",
+    "layer.*.key": "column",
+    "layer.*.value": "column",
+    "layer.*.attended": "row",
+    "layer.*.intermediate": "column",
+    "layer.*.output": "row",
+}
+
+
+class Block(nn.Module):
+    """BERT's: self-attention and a feed-forward part, each added to its input and normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = HEADS
+        self.query, self.key, self.value = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.attended, self.attended_norm = nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN)
+        self.intermediate, self.output = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN, bias=False)
+        self.norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        x = self.attended_norm(x + self.attended(mixed))
+        return self.norm(x + self.output(F.gelu(self.intermediate(x))))
+
+
+class Network(nn.Module):
+    """Tokens in, logits out; the decoder's weight is the embedding's, and a buffer is carried along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layer = nn.ModuleList(Block() for _ in range(2))
+        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
+        self.decoder.weight = self.embedding.weight
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layer:
+            x = layer(x)
+        return self.decoder(x)
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network().double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    ids, labels = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=generator)
+    return ids, labels
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "lamb": lambda model: LAMB(parameter_groups(model, 0.01), lr=0.01, max_grad_norm=0.05),
+    "lars": lambda model: LARS(parameter_groups(model, 1e-4), lr=0.5, eeta=0.01),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "adamw_foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+}
+
+
+class Trainer:
+    """A network and its optimizer over a mesh of named dimensions, or on one rank."""
+
+    def __init__(self, optimizer: str, mesh: DeviceMesh | None) -> None:
+        self.model = network()
+        self.forward: nn.Module = self.model
+        self.data_rank, self.data_size = 0, 1
+        self.layout = None
+        if mesh is not None:
+            self._distribute(mesh)
+        self.optimizer = OPTIMIZERS[optimizer](self.model)
+        if self.layout is not None:
+            self.layout.optimize_views(self.optimizer)
+
+    def _distribute(self, mesh: DeviceMesh) -> None:
+        names = mesh.mesh_dim_names or ()
+        splits = parallelize(self.model, mesh["tensor"], PLAN) if "tensor" in names else {}
+        data = tuple(name for name in names if name != "tensor")
+        if "shard" in names:
+            ShardedModel(self.model, list(self.model.layer), mesh[data], reshard=True)
+        elif data:
+            self.forward = DistributedDataParallel(self.model, process_group=mesh.get_group("data"))
+        for name in data:
+            self.data_rank = self.data_rank * mesh[name].size() + mesh.get_local_rank(name)
+            self.data_size *= mesh[name].size()
+        self.layout = Layout(self.model, mesh, splits)
+
+    def step(self, number: int) -> float:
+        """The mean loss of the whole batch, before the update."""
+        ids, labels = (part.chunk(self.data_size)[self.data_rank] for part in batch(number))
+        loss = F.cross_entropy(self.forward(ids).flatten(0, 1), labels.flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in self.model.parameters())
+        losses: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(losses, loss.item())
+        return sum(losses) / len(losses)  # each data rank's as often as any other's
+
+    def states(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.layout is None:
+            return self.model.state_dict(), self.optimizer.state_dict()
+        return self.layout.model_state(), self.layout.optimizer_state(self.optimizer)
+
+    def load(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        if self.layout is None:
+            self.model.load_state_dict(model)
+            self.optimizer.load_state_dict(optimizer)
+        else:
+            self.layout.load_model_state(model)
+            self.layout.load_optimizer_state(self.optimizer, optimizer)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}/{key}")
+    else:
+        yield path, tree
+
+
+def assert_alike(mine: Any, expected: Any, tolerance: float) -> None:
+    """The same names in the same order, plain tensors of the same shape and value, and equal other data."""
+    for (path, a), (other, b) in zip(leaves(mine), leaves(expected), strict=True):
+        assert path == other
+        assert type(a) is type(b), (path, type(a), type(b))
+        if isinstance(b, Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda text, path=path: f"{path}: {text}")
+        else:
+            assert a == b, (path, a, b)
+
+
+def trains_saves_and_resumes_as_one_rank(optimizer: str, mesh: DeviceMesh) -> None:
+    one, mine = Trainer(optimizer, None), Trainer(optimizer, mesh)
+    assert_alike(mine.states()[0], one.states()[0], 0.0)
+    expected, losses = ([trainer.step(n) for n in range(STEPS)] for trainer in (one, mine))
+    assert expected[0] - expected[-1] > 1e-3, expected
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-9)
+    states = mine.states()
+    assert_alike(states[0], one.states()[0], 1e-9)
+    assert_alike(states[1]["state"], one.states()[1]["state"], 1e-9)
+    states = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, states)
+
+    resumed, alone = Trainer(optimizer, mesh), Trainer(optimizer, None)
+    resumed.step(77)  # so that everything is overwritten
+    resumed.load(*states)
+    assert_alike(resumed.states(), states, 0.0)
+    for a, b in zip(local_parts(mine.model.parameters()), local_parts(resumed.model.parameters()), strict=True):
+        assert torch.equal(a, b)
+    alone.load(*states)
+    assert_alike(alone.states(), states, 0.0)
+    first, second = mine.step(STEPS), resumed.step(STEPS)
+    assert first == second
+    assert_alike(resumed.states(), mine.states(), 0.0)
+    assert abs(alone.step(STEPS) - first) < 1e-9
+
+
+def each_rank_holds_its_share(mesh: DeviceMesh) -> None:
+    names = mesh.mesh_dim_names or ()
+    mine, whole = Trainer("sgd", mesh), held(network().parameters())
+    mine.step(0)
+    assert mine.layout is not None
+    for total in (held(mine.layout.parameters()), held(v["momentum_buffer"] for v in mine.optimizer.state.values())):
+        assert total.whole == whole.whole
+        shares: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(shares, total.local)
+        if names == ("data", "shard"):
+            assert sum(shares) == 2 * whole.whole
+        assert max(shares) < whole.whole * (0.75 if "tensor" in names or names == ("data", "shard") else 1)
+        assert total.unsharded == (0 if "shard" in names else 2 + 2 * 5), total  # embedding, decoder bias; norms and the biases after a sum
+
+
+def ranks_of_a_tensor_group_stay_the_same_bit_for_bit(mesh: DeviceMesh) -> None:
+    mine = Trainer("lamb", mesh)
+    for step in range(3):
+        mine.step(step)
+    whole = [mine.model.embedding.weight, mine.model.layer[0].norm.weight, mine.model.layer[0].attended.bias]
+    for tensor in local_parts(whole):
+        everyone = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(everyone, tensor.detach(), group=mesh.get_group("tensor"))
+        assert torch.equal(*everyone)
+
+
+def gradients_are_cleared_without_a_step(mesh: DeviceMesh) -> None:
+    """As after a step that only warms up; once more, they would be added."""
+    mine = Trainer("sgd", mesh)
+    for set_to_none in (True, False):
+        mine.forward(batch(0)[0]).sum().backward()
+        mine.optimizer.zero_grad(set_to_none)
+        grads = [parameter.grad for parameter in mine.model.parameters()]
+        assert all(grad is None if set_to_none else not grad.any() for grad in grads)
+
+
+def evaluates_without_gradients(mesh: DeviceMesh) -> None:
+    mine, ids = Trainer("sgd", mesh), batch(3)[0]
+    mine.step(0)
+    one = network()
+    one.load_state_dict(mine.states()[0])
+    with torch.no_grad():
+        for _ in range(1 + mine.data_rank % 2):  # unequally many on data ranks, the same within a tensor group
+            torch.testing.assert_close(mine.model(ids), one(ids), rtol=0, atol=1e-9)
+
+
+def dropout_draws_own_numbers_where_activations_are_split(mesh: DeviceMesh) -> None:
+    def toy() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.5))
+
+    one, mine, seen = toy(), toy(), dict[int, Tensor]()
+    splits = parallelize(mine, mesh["tensor"], {"0": "column", "2": "random", "3": "row"})
+    assert splits == {"0.weight": 0, "0.bias": 0, "3.weight": 1}
+    for index in (2, 4):
+        mine[index].register_forward_hook(lambda _, args, out, index=index: seen.update({index: (out == 0)[:, :32]}))
+    with torch.no_grad():
+        mine[0].bias.add_(100.0)  # no unit is 0 but by dropout
+        torch.manual_seed(5)
+        first = mine(torch.ones(4, 4))
+        torch.manual_seed(5)
+        assert torch.equal(first, mine(torch.ones(4, 4)))
+        after = torch.rand(1)
+        everyone = {index: [torch.empty_like(mask) for _ in range(2)] for index, mask in seen.items()}
+        for index, mask in seen.items():
+            dist.all_gather(everyone[index], mask.contiguous(), group=mesh.get_group("tensor"))
+        assert not torch.equal(*everyone[2])
+        assert torch.equal(*everyone[4])
+        shared = [torch.empty_like(after) for _ in range(2)]
+        dist.all_gather(shared, after, group=mesh.get_group("tensor"))
+        assert torch.equal(*shared)
+        one[0].bias.add_(100.0)
+        torch.testing.assert_close(mine.eval()(torch.ones(4, 4)), one.eval()(torch.ones(4, 4)))
+    with own_random_numbers(mesh["tensor"]):
+        pass
+
+
+def a_plan_that_does_not_fit_is_refused(mesh: DeviceMesh) -> None:
+    for plan, error, words in (
+        ({"layer.*.querry": "column"}, PluginError, "'layer.*.querry', which matches nothing"),
+        ({"layer.*": "column"}, PluginError, "layer.0, a Block: it can split nn.Linear"),
+        ({"layer.0.query": "columns"}, PluginError, "the style 'columns': use one of column, row, random, divide"),
+        ({"decoder": "column"}, PluginError, "decoder.weight, which is tied to embedding.weight"),
+        ({"layer.0.missing": "divide"}, PluginError, "layer.0.missing, which is None, not an integer"),
+        ({"2": "column"}, UsageError, "dimension 0 of 2.weight is 5, which cannot be split over 2"),
+    ):
+        model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 5)) if "2" in plan else network()
+        try:
+            parallelize(model, mesh["tensor"], plan)
+        except error as raised:
+            assert words in str(raised), raised
+        else:
+            raise AssertionError(f"{plan} was not refused")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=4)
+    torch.set_deterministic_debug_mode("error")
+    MESHES = [
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        for names in (("data", "tensor"), ("shard", "tensor"), ("data", "shard"))
+    ]
+    for each in MESHES:
+        for name in OPTIMIZERS:
+            trains_saves_and_resumes_as_one_rank(name, each)
+        each_rank_holds_its_share(each)
+    for each in MESHES[:2]:
+        ranks_of_a_tensor_group_stay_the_same_bit_for_bit(each)
+        gradients_are_cleared_without_a_step(each)
+    evaluates_without_gradients(MESHES[0])
+    dropout_draws_own_numbers_where_activations_are_split(MESHES[0])
+    a_plan_that_does_not_fit_is_refused(MESHES[0])
+    dist.destroy_process_group()
