@@ -36,16 +36,15 @@ class ShardedModel:
     @contextmanager
     def whole(self) -> Generator[None]:
         """Every rank holds every parameter: forward passes communicate nothing for them. All ranks enter together."""
-        self.model.set_reshard_after_forward(False)
         for shard in shards(self.model):
+            shard.set_reshard_after_forward(False, recurse=False)
             shard.unshard()
         try:
             yield
         finally:
             for shard in shards(self.model):
                 shard.reshard()
-                if shard is not self.model:
-                    shard.set_reshard_after_forward(self.reshard, recurse=False)
+                shard.set_reshard_after_forward(self.reshard and shard is not self.model, recurse=False)
 
 
 def shards(model: nn.Module) -> list[FSDPModule]:

@@ -12,7 +12,7 @@ torch.compile see an ordinary, smaller model, which they do not where torch's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.nn import functional as F
@@ -34,8 +35,8 @@ Plan = Mapping[str, str]
 - "column", of an `nn.Linear`: its output features are split; the input is whole.
 - "row", of an `nn.Linear`: its input features are split, as a column-wise layer leaves them; the output is whole.
 - "random", of a module that draws random numbers for activations that are split, such as a dropout between the two:
-  each rank draws its own. Its ranks' numbers are not those that one rank would draw. Modules that are not named draw the
-  same on each rank of the group, and the same as one rank. Only for a dropout above 0: it costs some microseconds.
+  each rank draws its own, which are not those that one rank would draw. Modules that are not named draw the same on
+  each rank of the group, and the same as one rank. Only for a dropout above 0: it costs some microseconds.
 - "divide", of an integer attribute that counts what is split, such as the number of heads. It makes sure that each rank
   gets a whole number of them.
 """
@@ -112,9 +113,8 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = part.clone(memory_format=torch.contiguous_format)  # the caller's tensor is not ours to write into
-    dist.all_reduce(total, group=group)
-    return total
+    # Not dist.all_reduce: torch.compile loses that one where it is in the backward pass of a Function.
+    return funcol.wait_tensor(funcol.all_reduce(part, "sum", group))
 
 
 class _Linear(ParallelStyle):
@@ -122,8 +122,7 @@ class _Linear(ParallelStyle):
     """Parameter -> the dimension in which it is split."""
     module: type[ColumnLinear | RowLinear]
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, nn.Linear)
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         for name, dim in self.dims.items():
             whole = getattr(module, name)
             if whole is not None:
@@ -164,7 +163,7 @@ STYLES: dict[str, type[Column | Row | Random]] = {"column": Column, "row": Row, 
 
 
 @contextmanager
-def own_random_numbers(mesh: DeviceMesh) -> Iterator[None]:
+def own_random_numbers(mesh: DeviceMesh) -> Generator[None]:
     """Inside, each rank of `mesh` draws other random numbers; after it all go on with the numbers that they share.
 
     The ranks' own generators follow from the shared one, so that no state has to be kept or saved for them.
@@ -192,7 +191,9 @@ def _divide(model: nn.Module, size: int, pattern: str) -> None:
         module = model.get_submodule(name)
         count = getattr(module, attribute, None)
         if not isinstance(count, int):
-            raise PluginError(f"the tensor-parallel plan divides {name}.{attribute}, which is {count!r}, not an integer")
+            raise PluginError(
+                f"the tensor-parallel plan divides {name}.{attribute}, which is {count!r}, not an integer"
+            )
         _check_divisible(f"{name}.{attribute}", count, size)
         setattr(module, attribute, count // size)
 
