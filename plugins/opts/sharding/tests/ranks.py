@@ -294,11 +294,15 @@ def a_plan_that_does_not_fit_is_refused(mesh: DeviceMesh) -> None:
 
 def compiles(mesh: DeviceMesh) -> None:
     """With the sums of the backward pass, which torch.compile drops where they are not functional collectives."""
-    eager, compiled = Trainer("sgd", mesh), Trainer("sgd", mesh)
-    compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
-    for step in range(2):
-        assert abs(eager.step(step) - compiled.step(step)) < 1e-9
-    assert_alike(compiled.states(), eager.states(), 1e-9)
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    parallelize(model, mesh["tensor"], {"1": "column", "3": "row"})
+    grads: list[list[Tensor]] = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        forward(torch.ones(3, 4)).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        model.zero_grad()
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 if __name__ == "__main__":
@@ -308,7 +312,7 @@ if __name__ == "__main__":
     DDP, FSDP, HYBRID = (init_device_mesh("cpu", shape, mesh_dim_names=names) for names, shape in SHAPES.items())
     for name in ("lamb", "lars", "adamw_foreach"):
         trains_saves_and_resumes_as_one_rank(name, DDP)
-    for name in ("lamb", "lars", "adamw"):
+    for name in ("lamb", "adamw"):
         trains_saves_and_resumes_as_one_rank(name, FSDP)
     for name in ("lamb", "sgd"):
         trains_saves_and_resumes_as_one_rank(name, HYBRID)
