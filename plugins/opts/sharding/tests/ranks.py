@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from core.api.errors import PluginError, UsageError
-from timetrial_bert.optim import LAMB, parameter_groups
-from timetrial_resnet.optim import LARS
+from core.api.reference import LAMB, LARS, parameter_groups
 from timetrial_sharding.fsdp import ShardedModel
 from timetrial_sharding.layout import Layout, held, local_parts
 from timetrial_sharding.tensor import parallelize
@@ -87,9 +86,15 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
+def adapted(model: nn.Module) -> list[dict[str, Any]]:
+    """Only matrices adapt: the gradient of a key's bias is 0 but for rounding, which a trust ratio would amplify."""
+    matrices, others = parameter_groups(model, 0.01)
+    return [matrices, {**others, "adapt": False}]
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "lamb": lambda model: LAMB(parameter_groups(model, 0.01), lr=0.01, max_grad_norm=0.05),
-    "lars": lambda model: LARS(parameter_groups(model, 1e-4), lr=0.5, eeta=0.01),
+    "lamb": lambda model: LAMB(adapted(model), lr=0.01, max_grad_norm=0.05),
+    "lars": lambda model: LARS(adapted(model), lr=0.5, eeta=0.01),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
     "adamw_foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
