@@ -35,6 +35,7 @@ class Ddp(Plugin):
         requires=frozenset({"process_group"}),
         numerics="tolerance",
         claims=frozenset({"gradient_exchange"}),
+        wraps=frozenset({"tensor_parallel"}),  # each rank exchanges the gradients of its own part of a layer
     )
     Config = DdpConfig
     config: DdpConfig
