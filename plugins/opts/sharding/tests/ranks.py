@@ -289,7 +289,7 @@ def a_plan_that_does_not_fit_is_refused(mesh: DeviceMesh) -> None:
         ({"layer.0.query": "columns"}, PluginError, "the style 'columns': use one of column, row, random, divide"),
         ({"decoder": "column"}, PluginError, "decoder.weight, which is tied to embedding.weight"),
         ({"layer.0.missing": "divide"}, PluginError, "layer.0.missing, which is None, not an integer"),
-        ({"2": "column"}, UsageError, "dimension 0 of 2.weight is 5, which cannot be split over 2"),
+        ({"2": "column"}, UsageError, "dimension 0 of 2.weight is 5, which cannot be split over 2 ranks"),
     ):
         model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 5)) if "2" in plan else network()
         with pytest.raises(error, match=re.escape(words)):

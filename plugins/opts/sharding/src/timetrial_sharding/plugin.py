@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from core.api.config import RunConfig
     from timetrial_sharding.fsdp import ShardedModel
     from timetrial_sharding.layout import SplitLayout
     from timetrial_sharding.tensor import Sums
@@ -203,13 +202,13 @@ class TensorParallel(Plugin):
         parameters, state = held(self._layout.parameters()), held(_state(ctx))
         sums, ranks = self._sums, ctx.mesh.size("tensor")
         summary = f"this rank holds {parameters.local:,} of {parameters.whole:,} bytes of parameters"
-        summary += f": {len(self._splits)} are split over {ranks} ranks"
+        summary += f"; {len(self._splits)} tensors are split over {ranks} ranks"
         figures: dict[str, Any] = {
             "parameters": vars(parameters), "optimizer_state": vars(state), "split": len(self._splits),
             "tensor_ranks": ranks, "data_ranks": ctx.mesh.data_size,
         }  # fmt: skip
         if sums is not None:
-            summary += f", which sum {sums.count} times and {sums.bytes:,} bytes a step"
+            summary += f", with {sums.count} sums of {sums.bytes:,} bytes in all a step"
             figures |= {"sums_per_step": sums.count, "bytes_per_step": sums.bytes}
         return Evidence(
             plugin="tensor_parallel",

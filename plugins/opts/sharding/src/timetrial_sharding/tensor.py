@@ -242,5 +242,5 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 def _check_divisible(what: str, size: int, ranks: int) -> None:
     if size % ranks:
         raise UsageError(
-            f"{what} is {size}, which cannot be split over {ranks} tensor-parallel ranks: use a divisor of it"
+            f"{what} is {size}, which cannot be split over {ranks} ranks: give opt.tensor_parallel.degree a divisor of it"
         )

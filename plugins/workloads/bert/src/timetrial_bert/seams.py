@@ -39,8 +39,8 @@ TENSOR_PARALLEL: Mapping[str, str] = {
     f"{_LAYER}.intermediate.dense": "column",
     f"{_LAYER}.output.dense": "row",
 }
-"""What is offered at `core.api.seams.TENSOR_PLAN` (Shoeybi et al. 2019, arXiv:1909.08053, section 3): each rank computes
-some of the heads, and some of the inner features of the feed-forward part."""
+"""What is offered at `core.api.seams.TENSOR_PLAN`: each rank computes some of the heads, and some of the inner features of
+the feed-forward part (Shoeybi et al. 2019, arXiv:1909.08053, section 3)."""
 
 TENSOR_PARALLEL_DROPOUT: Mapping[str, str] = {f"{_LAYER}.attention.self": "random"}
 """The same with dropout: that of the attention is drawn for each head, all other for whole hidden states."""
