@@ -13,7 +13,7 @@ from core.testing.cli import Outcome, environment, run_cli, run_raw
 
 OPT = """
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise"{more})
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise"{more})
     Config = Config
 """
 
@@ -99,7 +99,7 @@ def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake
     from core.api.types import WorkloadSpec
 
     class P(Plugin):
-        spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
+        spec = WorkloadSpec(interface=2, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
         Config = Config
     """
     site = fake_plugin("workload", "wide", source)
@@ -153,7 +153,7 @@ def test_a_hook_that_does_not_fit_the_interface_is_refused(hook: str, named: str
 
 
 def test_a_plugin_for_another_interface_is_refused_with_both_versions(tmp_path: Path, fake_plugin) -> None:
-    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=1", "interface=99"))
+    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=2", "interface=99"))
     line = refused("workload=toy", "+opt=old", tmp_path=tmp_path, PYTHONPATH=str(site))
     assert "interface 99" in line
     assert "interface 1" in line
@@ -170,7 +170,7 @@ def test_nccl_without_a_gpu_says_what_to_use(tmp_path: Path) -> None:
 def test_fewer_devices_than_ranks_is_refused_before_a_process_starts(tmp_path: Path, fake_plugin) -> None:
     source = """
     class P(Plugin):
-        spec = BackendSpec(interface=1, summary="made up", probe=lambda: Devices(count=1))
+        spec = BackendSpec(interface=2, summary="made up", probe=lambda: Devices(count=1))
         Config = Config
     """
     site = fake_plugin("backend", "narrow", source)

@@ -68,7 +68,7 @@ def test_a_target_that_is_never_reached_gives_no_time(tmp_path: Path) -> None:
 def test_out_of_memory_names_the_batch_size(tmp_path: Path, fake_plugin) -> None:
     source = """
     class P(Plugin):
-        spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+        spec = OptSpec(interface=2, summary="made up", numerics="bitwise")
         Config = Config
 
         @hookimpl(wrapper=True)
@@ -159,7 +159,7 @@ OUTER = """
 import os
 
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise")
     Config = Config
 
     @hookimpl
