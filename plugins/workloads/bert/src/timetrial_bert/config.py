@@ -14,6 +14,7 @@ class BertConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "target": "targets.masked_lm_accuracy",
         "eval_batch_size": "eval.batch_size",
         "eval_every_samples": "eval.every",
         "warmup_steps": "lr_warmup_steps",
@@ -63,7 +64,7 @@ class BertConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("masked_lm_accuracy",), above=0, at_most=1)
     """Masked-LM accuracy over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is the rules' formula, floor(0.05 * (230.23 * batch size + 3,000,000), 25,000) samples, and

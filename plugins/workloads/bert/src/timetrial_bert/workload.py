@@ -36,7 +36,7 @@ class BertWorkload:
             raise UsageError(
                 f"workload.sequence_length={config.sequence_length} needs workload.max_positions at least as large"
             )
-        self.targets = [Target(METRIC, config.target)]
+        self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval, closed_cadence(config.global_batch_size), "samples")
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
 

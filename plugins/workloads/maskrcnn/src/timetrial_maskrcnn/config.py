@@ -12,6 +12,8 @@ class MaskRCNNConfig:
     """`conf/workload/*.yaml` holds the values of the options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "box_target": "targets.box_ap",
+        "mask_target": "targets.mask_ap",
         "eval_batch_size": "eval.batch_size",
         "eval_every_epochs": "eval.every",
         "eval_first_epoch": "eval.first",
@@ -73,8 +75,7 @@ class MaskRCNNConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    box_target: float = checked(above=0, at_most=1)
-    mask_target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("box_ap", "mask_ap"), above=0, at_most=1)
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size."""
 

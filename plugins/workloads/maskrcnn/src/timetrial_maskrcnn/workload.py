@@ -41,8 +41,8 @@ class MaskRCNNWorkload:
     def __init__(self, spec: WorkloadSpec, config: MaskRCNNConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
         self.targets = [
-            Target("box_ap", config.box_target, log_name="BBOX"),
-            Target("mask_ap", config.mask_target, log_name="SEGM"),
+            Target("box_ap", config.targets["box_ap"], log_name="BBOX"),
+            Target("mask_ap", config.targets["mask_ap"], log_name="SEGM"),
         ]
         self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size

@@ -14,6 +14,7 @@ class ResNetConfig:
     """`conf/workload/*.yaml` holds the values of the three options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "target": "targets.top1",
         "eval_batch_size": "eval.batch_size",
         "eval_every_epochs": "eval.every",
         "eval_first_epoch": "eval.first",
@@ -54,7 +55,7 @@ class ResNetConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("top1",), above=0, at_most=1)
     """Top-1 accuracy over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size. v1.1's offset of 0 to 3 epochs is

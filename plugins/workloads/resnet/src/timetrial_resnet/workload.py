@@ -38,7 +38,7 @@ class ResNetWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: ResNetConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        self.targets = [Target(METRIC, config.target)]
+        self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None

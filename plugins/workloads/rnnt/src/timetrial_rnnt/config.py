@@ -12,6 +12,7 @@ class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "target": "targets.word_error_rate",
         "eval_batch_size": "eval.batch_size",
         "eval_every": "eval.every",
         "eval_first": "eval.first",
@@ -74,7 +75,7 @@ class RnntConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("word_error_rate",), above=0, at_most=1)
     """Word error rate over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size."""

@@ -41,7 +41,7 @@ class RnntWorkload:
             raise UsageError(f"workload.speed_min={config.speed_min} is above workload.speed_max={config.speed_max}")
         if config.tokens == "letters" and config.vocab_size != Letters.size:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
-        self.targets = [Target(METRIC, config.target, higher_is_better=False)]
+        self.targets = [Target(METRIC, config.targets[METRIC], higher_is_better=False)]
         self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.corpus = self._corpus()
