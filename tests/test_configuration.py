@@ -249,3 +249,18 @@ def test_the_order_of_opts_does_not_matter(tmp_path: Path) -> None:
 )
 def test_an_invalid_target_or_evaluation_is_refused(override: str, expected: str, tmp_path: Path) -> None:
     assert expected in refused("workload=maskrcnn", override, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("workload", "remedy"),
+    [
+        ("bert_mlperf", "core.prepare workload=bert_mlperf"),
+        ("rnnt_mlperf", "core.prepare workload=rnnt_mlperf"),
+        ("maskrcnn_mlperf", "core.prepare workload=maskrcnn_mlperf"),
+        ("resnet_mlperf", "train/<class>/*.jpg"),
+    ],
+)
+def test_a_workload_without_data_is_refused_before_it_starts(workload: str, remedy: str, tmp_path: Path) -> None:
+    line = refused(f"workload={workload}", tmp_path=tmp_path)
+    assert "data.root is not set" in line
+    assert remedy in line

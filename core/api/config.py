@@ -132,6 +132,12 @@ def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:
     return f"unknown key '{name}': {nearest(str(error.key), beside)}"
 
 
+def require_root(data: DataConfig, embedded: str | None, remedy: str) -> None:
+    """For a workload's hook `check`: UsageError where a run on real data has neither data.root nor embedded data."""
+    if data.source == "real" and not data.root and embedded is None:
+        raise UsageError(f"data.root is not set, and workload.embedded_data is null: {remedy}")
+
+
 def _check_ranges(config: Any, where: str) -> None:
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{where}.{item.name}".strip(".")

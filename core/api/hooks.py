@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from core.api.config import RunConfig
-    from core.api.types import Backend, Batch, Evaluate, Evidence, Position, RunContext, StepParts, Workload
+    from core.api.types import Backend, Batch, Evaluate, Evidence, Plan, Position, RunContext, StepParts, Workload
     from core.prepare import Preparation
 
 PROJECT = "timetrial"
 hookimpl = pluggy.HookimplMarker(PROJECT)
-COLLECTED = ("environment", "on_block", "on_eval", "on_log", "verify")
+COLLECTED = ("environment", "check", "on_block", "on_eval", "on_log", "verify")
 """Hooks that every plugin is asked; of the others the first plugin that has one gives the result."""
 
 
@@ -38,6 +38,10 @@ class Hooks:
 
     def environment(self, config: RunConfig) -> dict[str, str]:
         """[any] Environment variables to set before torch is imported. Two values for one name are an error."""
+
+    def check(self, plan: Plan) -> None:
+        """[any] Refuses what can be seen to be impossible before anything starts: raises UsageError or one of its
+        kinds. `plan` is complete but for the run folder."""
 
     def init_backend(self, ctx: RunContext) -> Backend:
         """[backend] Joins the process group and chooses this rank's device."""

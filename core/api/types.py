@@ -256,6 +256,13 @@ class Plugin:
         """Takes back what `state_dict` gave."""
 
 
+class Plan(Protocol):
+    """What is known before a process starts: what the hook `check` may look at. Torch-free."""
+
+    @property
+    def root(self) -> RunConfig: ...
+
+
 @dataclass(kw_only=True)
 class RunContext:
     """What hooks are given: the configuration, this rank's place, and what has been built so far."""

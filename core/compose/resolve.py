@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -109,7 +110,9 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
     seed = time.time_ns() if root.seed == "clock" else root.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UsageError(f"seed={seed}: an integer from 0 to 2^63-1 or `clock` is expected")
-    return RunPlan(raw, plugins, seed, world_size, environment(plugin_manager(plugins, raw), root))
+    manager = plugin_manager(plugins, raw)
+    manager.hook.check(plan=SimpleNamespace(root=root))
+    return RunPlan(raw, plugins, seed, world_size, environment(manager, root))
 
 
 def capabilities(*found: Devices, multi_rank: bool, multi_node: bool) -> set[str]:

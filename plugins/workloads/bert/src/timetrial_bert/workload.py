@@ -53,7 +53,7 @@ class BertWorkload:
     @cached_property
     def examples(self) -> Articles | Shards:
         """First asked for by `check_data`: synthetic data needs none."""
-        if self.config.data_set == "articles" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "articles" and not self.ctx.config.data.root:
             return Articles(self.config, self.ctx)
         from timetrial_bert.shards import Shards  # imports datasets, for a second
 

@@ -12,6 +12,7 @@ class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "data_set": "embedded_data",
         "target": "targets.word_error_rate",
         "eval_batch_size": "eval.batch_size",
         "eval_every": "eval.every",
@@ -19,9 +20,9 @@ class RnntConfig:
         "warmup_epochs": "lr_warmup_epochs",
     }
 
-    data_set: str = checked(choices=("digits", "prepared"))
-    """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
-    `core.prepare` wrote to data.root."""
+    embedded_data: str | None = checked(choices=("digits",))
+    """Read where data.root is null; `digits`: digit strings spoken by espeak-ng. data.root is a folder that
+    `core.prepare` has written."""
     tokens: str = checked(choices=("letters", "sentencepieces"))
     """What transcripts are made of; must agree with the preparation. The embedded digits are spelt in letters."""
     vocab_size: int = checked(at_least=2, at_most=65535)

@@ -60,7 +60,7 @@ class RnntWorkload:
         return 0 if self.ctx.synthetic else self.corpus.eval_samples
 
     def _corpus(self) -> Corpus:
-        if self.config.data_set == "digits" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "digits" and not self.ctx.config.data.root:
             return SpokenDigits(self.config, self.ctx)
         from timetrial_rnnt.prepared import PreparedSpeech
 
