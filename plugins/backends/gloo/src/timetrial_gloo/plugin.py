@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
@@ -25,9 +25,11 @@ def probe() -> Devices:
 class GlooConfig:
     """Settings of `backend=gloo`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"bucket_cap_mb": "bucket_cap_mib"}
+
     ddp: str = checked(choices=("auto", "always"))
     """`auto` leaves one rank's model bare; `always` wraps it in DistributedDataParallel, to see what that costs."""
-    bucket_cap_mb: float = checked(above=0)
+    bucket_cap_mib: float = checked(above=0)
     """MiB of gradients that are exchanged together while the backward pass goes on."""
 
 
@@ -52,7 +54,7 @@ class Gloo(Plugin):
 
         if ctx.world_size == 1 and self.config.ddp == "auto":
             return model
-        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mb})
+        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mib})
         return process_group.distribute(model, ctx.device, **settings)
 
     @hookimpl(wrapper=True)
@@ -84,5 +86,5 @@ class Gloo(Plugin):
             active=bool(exchange) or ctx.world_size == 1,
             summary=f"{ranks} on the CPU joined; "
             f"gradients are {f'averaged {exchange}' if exchange else 'not exchanged'}",
-            figures={"world_size": ctx.world_size, "ddp": ddp, "bucket_cap_mb": cap},
+            figures={"world_size": ctx.world_size, "ddp": ddp, "bucket_cap_mib": cap},
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from core.api.config import RunConfig, checked
 from core.api.errors import UsageError
@@ -22,9 +22,11 @@ Evaluate = Callable[[Forward], dict[str, float]]
 class NcclConfig:
     """Settings of `backend=nccl`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"bucket_cap_mb": "bucket_cap_mib"}
+
     ddp: str = checked(choices=("auto", "always"))
     """`auto` leaves one rank's model bare; `always` wraps it in DistributedDataParallel, to see what that costs."""
-    bucket_cap_mb: float = checked(above=0)
+    bucket_cap_mib: float = checked(above=0)
     """MiB of gradients that are exchanged together while the backward pass goes on."""
 
 
@@ -62,7 +64,7 @@ class Nccl(Plugin):
 
         if ctx.world_size == 1 and self.config.ddp == "auto":
             return model
-        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mb})
+        settings = ctx.component("ddp", {"bucket_cap_mb": self.config.bucket_cap_mib})
         return process_group.distribute(model, ctx.device, **settings)
 
     @hookimpl(wrapper=True)
@@ -103,6 +105,6 @@ class Nccl(Plugin):
                 "device_name": name,
                 "world_size": ctx.world_size,
                 "ddp": ddp,
-                "bucket_cap_mb": cap,
+                "bucket_cap_mib": cap,
             },
         )
