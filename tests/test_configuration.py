@@ -233,3 +233,34 @@ def test_the_order_of_opts_does_not_matter(tmp_path: Path) -> None:
         run = run_cli("workload=toy", f"+opt={order}", "stop.steps=3", run_dir=tmp_path / str(number)).expect(4)
         plans.append((run.result["plan_hash"], run.result["plugins"], run.result["parameters_sha256"]))
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("workload.targets.box_ap=1.5", "workload.targets.box_ap=1.5 is out of range; at most 1 is expected"),
+        ("workload.targets.mask_ap=nan", "workload.targets.mask_ap is nan"),
+        ("~workload.targets.mask_ap", "workload.targets.mask_ap is missing"),
+        ("+workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.eval.first=0", "workload.eval.first=0 is out of range; at least 1 is expected"),
+        ("workload.eval.unit=epoch", "workload.eval.unit=epoch: did you mean 'epochs'?"),
+    ],
+)
+def test_an_invalid_target_or_evaluation_is_refused(override: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused("workload=maskrcnn", override, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("workload", "remedy"),
+    [
+        ("bert_mlperf", "core.prepare workload=bert_mlperf"),
+        ("rnnt_mlperf", "core.prepare workload=rnnt_mlperf"),
+        ("maskrcnn_mlperf", "core.prepare workload=maskrcnn_mlperf"),
+        ("resnet_mlperf", "train/<class>/*.jpg"),
+    ],
+)
+def test_a_workload_without_data_is_refused_before_it_starts(workload: str, remedy: str, tmp_path: Path) -> None:
+    line = refused(f"workload={workload}", tmp_path=tmp_path)
+    assert "data.root is not set" in line
+    assert remedy in line
