@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     from core.api.batch import Batch, Evaluate, Outputs, Purpose
 
+__all__ = [
+    "EVALUATE",
+    "FEED",
+    "GRADIENT_BUCKETS",
+    "GRADIENT_EXCHANGE",
+    "INFER",
+    "LOSS",
+    "TENSOR_PLAN",
+    "Replacement",
+    "Seam",
+]
+
 T = TypeVar("T")
 
 

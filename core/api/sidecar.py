@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+__all__ = ["Reply", "Sidecar"]
+
 Serve = Callable[[Any], Callable[[Any], Any]]
 """`serve(ctx) -> answer`, with `answer(request)`."""
 
