@@ -1,5 +1,5 @@
-"""Every opt on every workload, and every pair of opts on a workload that offers both, has the verdict that was agreed in
-tests/matrix.json. Minutes: `-m matrix`. `tools/matrix.py` runs the same compositions."""
+"""Every opt on every workload, and every pair of opts on a workload that offers both, has the verdict that was agreed
+in tests/matrix.json. Minutes: `-m matrix`. `tools/matrix.py` runs the same compositions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from core.testing.cli import run_ranks
-from core.testing.matrix import Cell, installed_opts, pairs, try_composition
+from core.testing.matrix import installed_opts, pairs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from matrix import TRIPLES, WORKLOADS, agreed, differences, try_alone, try_together
+from matrix import TRIPLES, WORKLOADS, agreed, try_alone, try_together
+
 
 @pytest.mark.matrix
 @pytest.mark.distributed

@@ -104,6 +104,13 @@ def run_fresh(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "
     return Outcome(process.returncode, process.stdout, process.stderr, "", run_dir)
 
 
+def run_timetrial(*arguments: str, cwd: Path, **env: str) -> Outcome:
+    """`timetrial ARGUMENTS` (as `python -m core`), in a fresh interpreter."""
+    command = [sys.executable, "-m", "core", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, env=environment(**env))
+    return Outcome(done.returncode, done.stdout, done.stderr, "", Path())
+
+
 def environment(fault: str = "", **extra: str) -> dict[str, str]:
     """This process's environment, without what a launcher would have set, for a command under test."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

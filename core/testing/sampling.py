@@ -1,8 +1,8 @@
 """A pytest plugin (`-p core.testing.sampling`): `--sample SHARE` keeps a part of the long tests.
 
 It concerns tests marked `matrix` or `convergence`. What a change touches is always kept: tests that lie in, or name, a
-plugin with files changed in the last `RECENT`. Of the others each is kept with probability SHARE, drawn from the commit,
-so that one commit always runs the same tests and every test has its turn. Tests marked `unsampled` are always kept.
+plugin with recently changed files. Of the others each is kept with probability SHARE, drawn from the commit, so that
+one commit always runs the same tests and every test has its turn. Tests marked `unsampled` are always kept.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share = float(config.getoption("--sample"))
+    share = float(config.getoption("--sample", default=1.0) or 1.0)
     if share >= 1:
         return
-    commit, touched = _git("rev-parse", "HEAD"), changed_plugins(_git("log", f"--since={RECENT}", "--name-only", "--format="))
+    commit, touched = (
+        _git("rev-parse", "HEAD"),
+        changed_plugins(_git("log", f"--since={RECENT}", "--name-only", "--format=")),
+    )
     kept = [item for item in items if not _is_long(item) or is_kept(item.nodeid, commit, touched, share, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
