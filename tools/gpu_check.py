@@ -364,7 +364,7 @@ def correctness(check: Check) -> list[Row]:
     steps = f"stop.steps={STEPS[check.device]}"
 
     def place(spec: Any) -> tuple[str, ...]:
-        several = spec.requires & {"multi_rank", "multi_node"}
+        several = spec.requires & {"multi_rank", "multi_node", "process_group"}
         return ("backend=gloo", "launch.nproc=2") if several else check.backend
 
     def attempt(name: str) -> Row:
