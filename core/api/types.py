@@ -353,7 +353,8 @@ class RunContext:
     evaluate: Callable[[], Quality] = field(init=False)
     """The evaluation of the model as it is now, as the opts made it."""
     offers: Callable[[Seam[Any], Any], Any] = field(init=False)
-    offered_feed: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
+    to_device: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
+    """The road of every batch: through the opts' transforms and the feed, one after the other and in order."""
     start_sidecar: Callable[..., Sidecar] = field(init=False)
     """`start_sidecar(name, serve, device, threads, alone=True)`: see `core.api.sidecar`."""
     figures: dict[str, Any] = field(default_factory=dict[str, Any])
