@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.api.config import checked
 from core.api.errors import ConflictError, NotHereError
@@ -31,13 +31,15 @@ MIB = 2**20
 class SharpConfig:
     """Settings of `opt.sharp`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"chunk_mb": "chunk_mib", "bucket_cap_mb": "bucket_cap_mib"}
+
     reduction: str = checked(choices=("auto", "in_network", "two_level"))
     """Who adds up: the switches (NCCL), or the ranks, first within nodes and then between them."""
     ranks_per_node: int | None = checked(at_least=1)
     """Consecutive ranks that share a node; None: as the launcher says."""
-    chunk_mb: float = checked(above=0)
+    chunk_mib: float = checked(above=0)
     """two_level: MiB of gradients that pass through its phases together."""
-    bucket_cap_mb: float = checked(above=0)
+    bucket_cap_mib: float = checked(above=0)
     """in_network: the least MiB of a bucket of gradients."""
     register_buffers: bool
     """in_network: buckets in memory that NCCL registers."""
@@ -140,7 +142,7 @@ class Sharp(Plugin):
     def _large(self, inner: dict[str, Any]) -> dict[str, Any]:
         if not self._in_network:
             return inner
-        return {**inner, "bucket_at_least_mb": max(inner["bucket_at_least_mb"], self.config.bucket_cap_mb)}
+        return {**inner, "bucket_at_least_mb": max(inner["bucket_at_least_mb"], self.config.bucket_cap_mib)}
 
     def _exchange(self, ctx: RunContext, inner: Any) -> Any:
         if self._in_network:
@@ -151,7 +153,7 @@ class Sharp(Plugin):
             self._sets,
             ctx.rank,
             ctx.device,
-            chunk_bytes=int(self.config.chunk_mb * MIB),
+            chunk_bytes=int(self.config.chunk_mib * MIB),
             timeout=timedelta(seconds=ctx.config.launch.timeout_s),
         )
         return None, self._two_level.exchange
