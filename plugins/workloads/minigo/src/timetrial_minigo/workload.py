@@ -19,8 +19,8 @@ from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target,
 from timetrial_minigo import features, gating, network, sgf
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose, Game, OpenSpiel, play_match
-from timetrial_minigo.replay import Examples, Window, exchange
-from timetrial_minigo.seams import GENERATION, PLAYOUTS
+from timetrial_minigo.replay import Window, exchange
+from timetrial_minigo.seams import FIGURE, GENERATION, PLAYOUTS, Examples
 from timetrial_minigo.search import Evaluate, SearchSettings
 from timetrial_minigo.selfplay import SelfPlay, SelfPlaySettings
 
@@ -111,7 +111,7 @@ class MiniGoWorkload:
         with torch.no_grad():
             played = self._selfplay.play(generation, self.config.games, mine, self.playouts)
         self.ctx.model.train()
-        self.ctx.figures["selfplay"] = dict(self._selfplay.counts)
+        self.ctx.figures[FIGURE] = self._selfplay.counts.copy()
         return played
 
     def all_alike(self, generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,10 @@ class MiniGoWorkload:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        self.generation = self.ctx.offer(GENERATION, self.play_share)
-        self.playouts = self.ctx.offer(PLAYOUTS, self.all_alike)
+        self.generation, self.playouts = self.play_share, self.all_alike
+        if not self.ctx.synthetic:  # on synthetic data nobody plays
+            self.generation = self.ctx.offer(GENERATION, self.play_share)
+            self.playouts = self.ctx.offer(PLAYOUTS, self.all_alike)
         sizes = network.Sizes(
             board=config.size,
             history=config.history,
