@@ -19,11 +19,12 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
+from core.api.statistics import race, ratios, row, spread, table
 from core.testing.hosts import bytes_sent, problem, start_ranks, two_hosts
 
 MIB = 2**20
@@ -68,28 +69,31 @@ def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
         return ddp
 
     models = {contender: model(contender) for contender in CONTENDERS}
-    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     sent, gradients = dict[str, int](), dict[str, Any]()
-    for _ in range(WARM_UP + rounds):
-        for contender, ddp in models.items():
-            ddp.zero_grad()
-            dist.barrier()
-            before, start = bytes_sent(), time.perf_counter()
-            ddp(x).square().mean().backward()
-            seconds[contender].append(time.perf_counter() - start)
-            dist.barrier()
-            sent[contender] = bytes_sent() - before
-            gradients[contender] = torch.cat([p.grad.flatten() for p in ddp.parameters()])
+
+    def step(contender: str) -> float:
+        ddp = models[contender]
+        ddp.zero_grad()
+        dist.barrier()
+        before, start = bytes_sent(), time.perf_counter()
+        ddp(x).square().mean().backward()
+        seconds = time.perf_counter() - start
+        dist.barrier()
+        sent[contender] = bytes_sent() - before
+        gradients[contender] = torch.cat([p.grad.flatten() for p in ddp.parameters()])
+        return seconds
+
+    seconds = race({contender: partial(step, contender) for contender in CONTENDERS}, rounds, warmup=WARM_UP)
     for contender in CONTENDERS[1:]:
         torch.testing.assert_close(gradients[contender], gradients["flat"])
     dist.destroy_process_group()
-    return [{"seconds": seconds[contender][WARM_UP:], "sent": sent[contender]} for contender in CONTENDERS]
+    return [{"seconds": seconds[contender], "sent": sent[contender]} for contender in CONTENDERS]
 
 
 # ------------------------------------------------------------------------------------------------- the race
 
 
-def race(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
+def compare(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
     """One row per contender: bytes over gradient bytes, and seconds of a step (of its slowest rank) by round."""
     worker = (sys.executable, __file__, "--worker", json.dumps([mib, rounds, chunk_mb]))
     with two_hosts(rate) as hosts:
@@ -108,26 +112,11 @@ def race(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: floa
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown. Ratios are taken within a round."""
-    lines = [
-        "| hosts x ranks, ranks on hosts | all-reduce | bytes on the link, each way | step, s: median (min-max) | n | "
-        "flat / this, median (min-max) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        flat = next(r for r in rows if r["placement"] == row["placement"] and r["contender"] == "flat")
-        ratios = [f / s for f, s in zip(flat["seconds"], row["seconds"], strict=True)]
-        cells = (
-            f"2 x {len(row['placement']) // 2}, {row['placement']}", row["contender"], f"{row['sent']:.3f} S",
-            spread(row["seconds"], 3), str(len(row["seconds"])), "1" if row is flat else spread(ratios, 2),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+def cells(found: dict[str, Any], flat: dict[str, Any]) -> list[object]:
+    """The cells of one contender; `flat` is the contender that it is compared with."""
+    step, gains = spread(found["seconds"]), spread(ratios(flat["seconds"], found["seconds"]))
+    hosts = f"2 x {len(found['placement']) // 2}, {found['placement']}"
+    return [hosts, found["contender"], f"{found['sent']:.3f} S", f"{step:.3f}", step.n, f"{gains:.2f}"]
 
 
 def main() -> None:
@@ -145,12 +134,12 @@ def main() -> None:
     if problem():
         raise SystemExit(f"this machine cannot have two hosts: {problem()}")
     rate = None if arguments.rate == "none" else arguments.rate
-    rows = [
-        row
-        for placement in arguments.placements
-        for row in race(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mb)
-    ]
-    print(table(rows))
+    columns = ["hosts x ranks, ranks on hosts", "all-reduce", "bytes on the link, each way"]
+    print(table([*columns, "step, s: median (min to max)", "n", "flat / this: median (min to max)"]))
+    for placement in arguments.placements:
+        rows = compare(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mb)
+        for found in rows:
+            print(row(cells(found, flat=rows[0])), flush=True)
     print(
         f"\nS = {arguments.mib} MiB of gradients, link at {arguments.rate}, chunks of {arguments.chunk_mb:g} MiB; ",
         end="",
