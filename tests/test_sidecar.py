@@ -175,7 +175,7 @@ def program(serving: Path) -> Path:
 
 
 def begin(program: Path, when: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A rank in a process of its own, and its sidecar's process."""
+    """A rank in its own process, and its sidecar's process."""
     command = [sys.executable, str(program), str(program.parent), when]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout

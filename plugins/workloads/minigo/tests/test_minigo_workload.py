@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.api.errors import UsageError
 from core.testing.cli import Outcome, run_cli
+from core.testing.fixtures import FakePlugin
 from timetrial_minigo import network
 from timetrial_minigo.workload import METRIC, MiniGoWorkload
 
@@ -41,7 +42,7 @@ def checker(log: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("epoch_examples=100",), "epoch_examples=100 is no multiple of the batch: try 128"),
+        (("epoch_examples=100",), "epoch_examples=100 is not a multiple of workload.global_batch_size: try 128"),
         (("learning_rates=[0.1,0.01]",), "one positive rate more than there are steps"),
         (("learning_rates=[0.1,0.01,0.001]", "learning_rate_steps=[20,10]"), "the steps in order"),
         (("size=2", "selfplay_opening=3"), "more than 2 random stones do not fit on 2x2"),
@@ -88,8 +89,24 @@ def test_two_ranks_share_a_batch(make: MakeWorkload) -> None:
 
 
 @pytest.mark.parametrize("splits_data", [True, False])
-def test_ranks_that_share_a_model_are_refused_before_anything_starts(splits_data: bool, tmp_path: Path) -> None:
-    XXX
+def test_ranks_that_share_a_model_are_refused_before_anything_starts(
+    fake_plugin: FakePlugin, tmp_path: Path, splits_data: bool
+) -> None:
+    source = f"""
+    class P(Plugin):
+        spec = OptSpec(interface=2, summary="shares a model", numerics="tolerance")
+        Config = Config
+
+        @hookimpl
+        def dimensions(self):
+            return [Dimension(name="shard", size=2, splits_data={splits_data}, nearness=20)]
+    """
+    site = fake_plugin("opt", "sharer", source)
+    refused = run_cli(
+        "workload=minigo", "+opt=sharer", "launch.nproc=2", run_dir=tmp_path / "run", PYTHONPATH=str(site)
+    ).expect(2)  # fmt: skip
+    assert refused.failure == "not_offered" and "mesh dimension shard" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_batch_has_the_shapes_of_the_only_example(make: MakeWorkload) -> None:

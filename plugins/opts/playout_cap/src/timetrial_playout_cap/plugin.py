@@ -64,7 +64,7 @@ class PlayoutCap(Plugin):
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:
-        """From the workload's counts of what has really been searched: a draw for a game that is over counts nothing."""
+        """From the workload's counts of what has been searched: draws for games that are over do not count."""
         assert self._inner is not None
         simulations, _ = self._inner(1, 0, 1)
         counts = searched(ctx.figures)

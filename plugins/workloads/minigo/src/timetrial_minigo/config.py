@@ -22,7 +22,7 @@ class MiniGoConfig:
     suicide: bool
     """Whether a chain of two or more stones may take its own last liberty."""
     move_limit: int = checked(at_least=1)
-    """A game with so many moves ends, and is scored as it stands."""
+    """A game ends after this number of moves, and is scored as it stands."""
 
     history: int = checked(at_least=1, at_most=8)
     """Positions that the network sees: the present one and those before it."""
@@ -40,7 +40,7 @@ class MiniGoConfig:
     parallel_games: int = checked(at_least=1)
     """Of a rank, played side by side."""
     selfplay_opening: int = checked(at_least=0)
-    """A game of self-play begins with 1 to so many random stones; 0: with an empty board."""
+    """Most random stones that a game of self-play begins with (1 to this number); 0: an empty board."""
     simulations: int = checked(at_least=1)
     """Descents of the search for each move (readouts)."""
     method: str = checked(choices=("puct", "gumbel"))
@@ -58,7 +58,7 @@ class MiniGoConfig:
     random_symmetry: bool
     """The search shows the network each position under one of the board's eight symmetries, drawn at random."""
     soft_moves: int = checked(at_least=0)
-    """So many moves of a game are drawn from the visits to the power of `soft_exponent`; later ones are the best."""
+    """The first moves of a game, drawn from the visits to the power of `soft_exponent`; later ones are the best."""
     soft_exponent: float = checked(above=0)
     resign_threshold: float = checked(at_least=-1, at_most=0)
     """A player resigns whose search values the position below this; -1: never."""
@@ -104,4 +104,4 @@ class MiniGoConfig:
     uct_c: float = checked(above=0)
     """opponent=open_spiel: its exploration constant."""
     save_games: int = checked(at_least=0)
-    """So many games of each evaluation are kept in the run folder, as SGF."""
+    """Games of each evaluation that are kept in the run folder, as SGF."""

@@ -71,7 +71,7 @@ class SelfPlay:
         return join(parts)
 
     def count(self, searches: int, recorded: bool, simulations: int) -> None:
-        """Notes searches of so many simulations each."""
+        """Notes searches, with the simulations of each."""
         self.counts["searches"] += searches
         self.counts["recorded"] += searches * recorded
         self.counts["simulations"] += searches * simulations

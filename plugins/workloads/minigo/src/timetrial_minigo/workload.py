@@ -256,7 +256,9 @@ def _refuse_contradictions(config: MiniGoConfig) -> None:
     batch = config.global_batch_size
     if config.epoch_examples % batch:
         multiple = -(-config.epoch_examples // batch) * batch
-        raise UsageError(f"workload.epoch_examples={config.epoch_examples} is no multiple of the batch: try {multiple}")
+        raise UsageError(
+            f"workload.epoch_examples={config.epoch_examples} is not a multiple of workload.global_batch_size: try {multiple}"
+        )
     rates, steps = config.learning_rates, config.learning_rate_steps
     if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
         what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
