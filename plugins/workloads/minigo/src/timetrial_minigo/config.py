@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from core.api.config import EvalConfig, checked
+from core.api.errors import UsageError
 
 
 @dataclass(kw_only=True)
@@ -105,3 +106,27 @@ class MiniGoConfig:
     """opponent=open_spiel: its exploration constant."""
     save_games: int = checked(at_least=0)
     """Games of each evaluation that are kept in the run folder, as SGF."""
+
+
+def refuse_contradictions(config: MiniGoConfig) -> None:
+    """UsageError for settings that do not go together."""
+    batch = config.global_batch_size
+    if config.epoch_examples % batch:
+        multiple = -(-config.epoch_examples // batch) * batch
+        what = f"workload.epoch_examples={config.epoch_examples} is not a multiple of workload.global_batch_size"
+        raise UsageError(f"{what}: try {multiple}")
+    rates, steps = config.learning_rates, config.learning_rate_steps
+    if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
+        what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
+        raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
+    if config.eval.batch_size is not None:
+        raise UsageError("workload.eval.batch_size: the games of an evaluation are played side by side; leave it null")
+    if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
+        raise UsageError(
+            f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"
+        )
+    if config.suicide and config.opponent == "open_spiel":
+        raise UsageError("open_spiel forbids suicide: set workload.suicide=false, or workload.opponent=checkpoint")
+    if config.method == "gumbel" and (config.soft_moves or config.virtual_losses > 1 or config.reuse_tree):
+        what = "workload.method=gumbel draws its moves itself and counts every visit"
+        raise UsageError(f"{what}: set workload.soft_moves=0 workload.virtual_losses=1 workload.reuse_tree=false")
