@@ -16,7 +16,7 @@ import timetrial_minigo
 from core.api.config import validate
 from core.api.mesh import Mesh, arrange
 from core.api.types import RunContext
-from timetrial_minigo.config import MiniGoConfig
+from timetrial_minigo.config import MiniGoConfig, refuse_contradictions
 from timetrial_minigo.plugin import MiniGo
 from timetrial_minigo.workload import MiniGoWorkload
 
@@ -47,7 +47,9 @@ def make(tmp_path: Path) -> Callable[..., MiniGoWorkload]:
         ctx.mesh = Mesh(arrange([], world), rank)
         ctx.offers = lambda seam, default: default
         ctx.feed = iter
-        workload = MiniGo(validate(MiniGoConfig, node, "workload")).make_workload(ctx)
+        settings = validate(MiniGoConfig, node, "workload")
+        refuse_contradictions(settings)
+        workload = MiniGo(settings).make_workload(ctx)
         ctx.workload, ctx.model = workload, workload.build_model()
         ctx.infer = lambda data: workload.infer(ctx.model, data)
         return workload
