@@ -39,7 +39,8 @@ class MiniGo(Plugin):
         shared = [d.name for d in plan.dimensions if d.name != "data"]
         if shared:
             why = "ranks that share a model must call it together, and in games each goes at its own pace"
-            raise NotOfferedError(f"workload 'minigo' has no place for the mesh dimension {', '.join(shared)}: {why}")
+            what = f"workload 'minigo' has no place for the mesh dimension {', '.join(shared)}"
+            raise NotOfferedError(f"{what}: {why}; leave out the opt that adds it")
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> MiniGoWorkload:
