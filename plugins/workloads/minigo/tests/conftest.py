@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 import timetrial_minigo
 from core.api.config import validate
+from core.api.mesh import Mesh, arrange
 from core.api.types import RunContext
-from timetrial_minigo.config import MiniGoConfig
+from timetrial_minigo.config import MiniGoConfig, refuse_contradictions
 from timetrial_minigo.plugin import MiniGo
 from timetrial_minigo.workload import MiniGoWorkload
 
@@ -40,12 +41,15 @@ def make(tmp_path: Path) -> Callable[..., MiniGoWorkload]:
 
     def make_workload(name: str, *overrides: str, rank: int = 0, world: int = 1, seed: int = 1) -> MiniGoWorkload:
         node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
-        config: Any = SimpleNamespace(data=None)
+        config: Any = SimpleNamespace(data=SimpleNamespace(source="files"))
         ctx = RunContext(config=config, run_dir=tmp_path, seed=seed)
         ctx.backend = OneOf(rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-        ctx.component = lambda name, default: default
+        ctx.mesh = Mesh(arrange([], world), rank)
+        ctx.offers = lambda seam, default: default
         ctx.feed = iter
-        workload = MiniGo(validate(MiniGoConfig, node, "workload")).make_workload(ctx)
+        settings = validate(MiniGoConfig, node, "workload")
+        refuse_contradictions(settings)
+        workload = MiniGo(settings).make_workload(ctx)
         ctx.workload, ctx.model = workload, workload.build_model()
         ctx.infer = lambda data: workload.infer(ctx.model, data)
         return workload
