@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass
 
 from core.api.errors import PluginError, exit_status
+from core.api.tables import print_table
 from core.api.types import BackendSpec, Command, CommandSpec, Devices, PluginSpec
 from core.compose.discovery import Installed, discover
 from core.compose.resolve import capabilities
-from core.state.report import print_table
 
 
 @dataclass(kw_only=True)

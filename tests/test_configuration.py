@@ -13,7 +13,7 @@ from core.testing.cli import Outcome, environment, run_cli, run_raw
 
 OPT = """
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise"{more})
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise"{more})
     Config = Config
 """
 
@@ -99,7 +99,7 @@ def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake
     from core.api.types import WorkloadSpec
 
     class P(Plugin):
-        spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
+        spec = WorkloadSpec(interface=2, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
         Config = Config
     """
     site = fake_plugin("workload", "wide", source)
@@ -153,7 +153,7 @@ def test_a_hook_that_does_not_fit_the_interface_is_refused(hook: str, named: str
 
 
 def test_a_plugin_for_another_interface_is_refused_with_both_versions(tmp_path: Path, fake_plugin) -> None:
-    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=1", "interface=99"))
+    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=2", "interface=99"))
     line = refused("workload=toy", "+opt=old", tmp_path=tmp_path, PYTHONPATH=str(site))
     assert "interface 99" in line
     assert "interface 1" in line
@@ -170,7 +170,7 @@ def test_nccl_without_a_gpu_says_what_to_use(tmp_path: Path) -> None:
 def test_fewer_devices_than_ranks_is_refused_before_a_process_starts(tmp_path: Path, fake_plugin) -> None:
     source = """
     class P(Plugin):
-        spec = BackendSpec(interface=1, summary="made up", probe=lambda: Devices(count=1))
+        spec = BackendSpec(interface=2, summary="made up", probe=lambda: Devices(count=1))
         Config = Config
     """
     site = fake_plugin("backend", "narrow", source)
@@ -233,3 +233,34 @@ def test_the_order_of_opts_does_not_matter(tmp_path: Path) -> None:
         run = run_cli("workload=toy", f"+opt={order}", "stop.steps=3", run_dir=tmp_path / str(number)).expect(4)
         plans.append((run.result["plan_hash"], run.result["plugins"], run.result["parameters_sha256"]))
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("workload.targets.box_ap=1.5", "workload.targets.box_ap=1.5 is out of range; at most 1 is expected"),
+        ("workload.targets.mask_ap=nan", "workload.targets.mask_ap is nan"),
+        ("~workload.targets.mask_ap", "workload.targets.mask_ap is missing"),
+        ("+workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.eval.first=0", "workload.eval.first=0 is out of range; at least 1 is expected"),
+        ("workload.eval.unit=epoch", "workload.eval.unit=epoch: did you mean 'epochs'?"),
+    ],
+)
+def test_an_invalid_target_or_evaluation_is_refused(override: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused("workload=maskrcnn", override, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("workload", "remedy"),
+    [
+        ("bert_mlperf", "core.prepare workload=bert_mlperf"),
+        ("rnnt_mlperf", "core.prepare workload=rnnt_mlperf"),
+        ("maskrcnn_mlperf", "core.prepare workload=maskrcnn_mlperf"),
+        ("resnet_mlperf", "train/<class>/*.jpg"),
+    ],
+)
+def test_a_workload_without_data_is_refused_before_it_starts(workload: str, remedy: str, tmp_path: Path) -> None:
+    line = refused(f"workload={workload}", tmp_path=tmp_path)
+    assert "data.root is not set" in line
+    assert remedy in line

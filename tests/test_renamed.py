@@ -91,6 +91,15 @@ def has(schema: Any, dotted: str) -> bool:
         (("warmup_steps=3",), "'warmup_steps': it is called prewarm_steps now"),
         (("+warmup_steps=3",), "'warmup_steps': it is called prewarm_steps now"),
         (("+opt=cuda_graphs", "opt.cuda_graphs.warmup=3"), "it is called opt.cuda_graphs.eager_steps now"),
+        (("workload.eval_every_epochs=3",), "'workload.eval_every_epochs': it is called workload.eval.every now"),
+        (("workload=maskrcnn", "workload.box_target=0.1"), "it is called workload.targets.box_ap now"),
+        (
+            ("-m", "workload=bert,rnnt", "workload.start_warmup_step=0"),
+            "called workload.lr_warmup_start_step now",
+        ),
+        (("experiment=resnet_fast", "+workload.data_set=idx"), "it is called workload.data_format now"),
+        (("+opt=sharp", "opt.sharp.chunk_mb=1"), "it is called opt.sharp.chunk_mib now"),
+        (("backend=gloo", "backend.bucket_cap_mb=1"), "it is called backend.bucket_cap_mib now"),
     ],
 )
 def test_an_old_key_of_this_repository_is_answered_with_its_new_name(

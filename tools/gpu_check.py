@@ -44,7 +44,7 @@ PROBES = {"count_flops": "CountFlops", "plain_hook": "PlainHook"}
 CORRECTNESS = {
     # Of its 16 steps an epoch 4 go by before an evaluation may be met.
     # Four steps an epoch: even the few on a CPU have evaluations among them.
-    "toy": ("workload=toy", "workload.dropout=0.2", "workload.target=1.0", "workload.examples=256"),
+    "toy": ("workload=toy", "workload.dropout=0.2", "workload.targets.accuracy=1.0", "workload.examples=256"),
     "resnet": ("workload=resnet", "data=synthetic", "workload.global_batch_size=64"),
     "bert": ("workload=bert", "data=synthetic"),
     "rnnt": ("workload=rnnt", "data=synthetic"),

@@ -23,7 +23,6 @@ from core.api.tree import map_tensors
 from core.api.types import Batch, Layout, OptSpec, Outputs, Purpose, Quality, RunContext, Step, StepParts
 from core.compose.manager import plugin_manager
 from core.compose.plan import RunPlan
-from core.engine import sidecar
 
 
 class Baseline:
@@ -154,7 +153,7 @@ def _first_example(ctx: RunContext) -> Batch:
 def _build_model(ctx: RunContext, plan: RunPlan, hooks: Any) -> tuple[torch.nn.Module, Seams]:
     """The workload and its model, as `prepare_model` leaves it."""
     seams = Seams(ctx, plan, hooks)
-    ctx.offers, ctx.start_sidecar = seams.offer, functools.partial(sidecar.start, ctx, plan)
+    ctx.offers = seams.offer
     ctx.workload = hooks.make_workload(ctx=ctx)
     if not ctx.synthetic:
         ctx.workload.check_data()

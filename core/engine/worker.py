@@ -26,6 +26,7 @@ from core.api.mesh import Mesh
 from core.api.types import Evidence, Plugin, RunContext
 from core.compose.manager import plugin_manager
 from core.compose.plan import RunPlan
+from core.engine import sidecar
 from core.engine.build import Baseline, batches, build_for_training
 from core.engine.loop import train
 from core.engine.watch import Signals, Watch
@@ -100,6 +101,7 @@ class _Rank:
         self.plan = plan
         ctx.config, ctx.run_dir, ctx.seed = plan.root, Path(plan.run_dir), plan.seed
         ctx.mesh = Mesh(plan.dimensions, ctx.rank)
+        ctx.start_sidecar = functools.partial(sidecar.start, ctx, plan)
         keep = ctx.config.checkpoint.keep
         self.checkpoints = checkpoint.Checkpointer(ctx.run_dir / "checkpoints", ctx.backend, keep)
         saved = self.checkpoints.load(Path(plan.resume_from, "checkpoints")) if plan.resume_from else None

@@ -1,11 +1,11 @@
 """What a person reads when a run has ended, and after a sweep. Made from run folders alone."""
 
 import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from core.api.files import read_json
+from core.api.tables import print_table
 
 
 def quality_text(quality: Mapping[str, float], targets: Mapping[str, float]) -> str:
@@ -46,15 +46,3 @@ def print_sweep(jobs: Sequence[tuple[Sequence[str], Path, int]]) -> None:
     print_table(("job", "overrides", "status", "time to train", "quality", "samples/s"), rows, 160)
     failed = [str(number) for number, (_, _, code) in enumerate(jobs) if code]
     print(f"{len(jobs)} jobs, {'not successful: ' + ', '.join(failed) if failed else 'all successful'}")
-
-
-def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], width: int) -> None:
-    """A table on stdout, `width` characters wide where that is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings, box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else width).print(table)

@@ -63,7 +63,7 @@ def test_the_command_line_refuses_it_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_cublas_gets_a_fixed_workspace_only_where_runs_must_repeat() -> None:
-    plugin = Nccl(NcclConfig(ddp="auto", bucket_cap_mb=25.0))
+    plugin = Nccl(NcclConfig(ddp="auto", bucket_cap_mib=25.0))
     assert plugin.environment(SimpleNamespace(deterministic=True)) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert plugin.environment(SimpleNamespace(deterministic=False)) == {}
 

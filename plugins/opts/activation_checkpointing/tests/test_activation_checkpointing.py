@@ -170,7 +170,7 @@ def test_synchronised_batch_normalisation_keeps_its_bits_on_two_ranks() -> None:
     run = (
         "workload=resnet",
         "workload.width=8",
-        "workload.target=0.5",
+        "workload.targets.top1=0.5",
         "stop.steps=4",
         "backend=gloo",
         "launch.nproc=2",

@@ -70,7 +70,7 @@ def test_a_run_that_is_stopped_between_generations_goes_on_as_if_it_had_not_been
 def test_it_goes_with_other_opts_and_their_evidence_holds(tmp_path: Path) -> None:
     outcome = run_ranks(
         *TINY, "+opt=[async_selfplay,async_eval,playout_cap]", "workload.eval.first=1", "workload.eval.every=1",
-        "workload.target=1", "workload.eval_games=4", "stop.epochs=3", run_dir=tmp_path / "run",
+        "workload.targets.win_rate=1", "workload.eval_games=4", "stop.epochs=3", run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
     assert {name for name, e in outcome.evidence.items() if e["active"]} >= {"async_selfplay", "playout_cap"}
     assert outcome.evidence["async_selfplay"]["figures"]["generations"] == 3

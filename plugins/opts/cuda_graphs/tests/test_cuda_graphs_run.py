@@ -27,7 +27,7 @@ def run_on_tape(*overrides: str, run_dir: Path) -> Outcome:
 
 TOY = (
     "workload=toy", "workload.dropout=0.3", "workload.examples=232", "workload.eval.every=1",
-    "stop.epochs=6", "workload.target=1.0",
+    "stop.epochs=6", "workload.targets.accuracy=1.0",
 )  # fmt: skip
 
 

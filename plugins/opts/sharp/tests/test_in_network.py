@@ -73,7 +73,7 @@ class Alone:
 
 
 def sharp(**settings: Any) -> Sharp:
-    defaults = {"ranks_per_node": None, "chunk_mb": 2.0, "bucket_cap_mb": 64.0, "register_buffers": False}
+    defaults = {"ranks_per_node": None, "chunk_mib": 2.0, "bucket_cap_mib": 64.0, "register_buffers": False}
     return Sharp(SharpConfig(**{"reduction": "auto", **defaults, **settings}))
 
 

@@ -153,7 +153,7 @@ def test_a_checkpoint_to_play_against_is_asked_for_in_one_line(tmp_path: Path) -
 
 CLOSED = (
     *TINY, "size=5", "komi=0.5", "soft_moves=4", "virtual_losses=2", "eval_simulations=4", "max_epochs=2",
-    "noise_alpha=0.75", "target=0.95",
+    "noise_alpha=0.75", "targets.win_rate=0.95",
 )  # fmt: skip
 
 

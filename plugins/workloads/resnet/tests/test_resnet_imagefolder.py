@@ -61,11 +61,6 @@ def test_a_wrong_layout_is_named(make: MakeWorkload, folder: Path, change: Calla
         make("resnet_mlperf", *SMALL, root=str(folder)).check_data()
 
 
-def test_without_a_folder_the_error_says_what_to_give(make: MakeWorkload) -> None:
-    with pytest.raises(DataError, match=r"data.root must be a folder with train/<class>/\*.jpg and val"):
-        make("resnet_mlperf").check_data()
-
-
 def _epoch(workload: Any, first: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     workload.check_data()
     return [batch.data for batch in workload.batches(1, first)]

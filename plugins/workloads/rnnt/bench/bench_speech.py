@@ -9,8 +9,8 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 import timetrial_rnnt
 from core.api.config import validate
+from core.api.statistics import race, spread
 from core.api.types import RunContext
 from timetrial_rnnt.config import RnntConfig
 from timetrial_rnnt.plugin import SPEC
@@ -55,15 +56,16 @@ def trained(of: RnntWorkload, run: Path) -> torch.nn.Module:
 
 def compare(title: str, unit: str, rounds: int, variants: dict[str, Callable[[], int]]) -> None:
     """Each variant does its work and returns how many utterances that was."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn, (name, work) in itertools.product(range(rounds + 1), variants.items()):
+
+    def utterance_ms(work: Callable[[], int]) -> float:
         start = time.perf_counter()
         utterances = work()
-        if turn:  # the first one warms up
-            times[name].append(1000 * (time.perf_counter() - start) / utterances)
+        return 1000 * (time.perf_counter() - start) / utterances
+
+    times = race({name: partial(utterance_ms, work) for name, work in variants.items()}, rounds, warmup=1)
     print(f"{title}, {unit}, n = {rounds}:")
     for name, found in times.items():
-        print(f"  {name:24} {median(found):8.2f} ({min(found):.2f} to {max(found):.2f})")
+        print(f"  {name:24} {spread(found):.2f}")
 
 
 def main() -> None:

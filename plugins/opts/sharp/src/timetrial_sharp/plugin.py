@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.api.config import RunConfig, checked
 from core.api.errors import UsageError
@@ -28,13 +28,15 @@ MIB = 2**20
 class SharpConfig:
     """Settings of `opt.sharp`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"chunk_mb": "chunk_mib", "bucket_cap_mb": "bucket_cap_mib"}
+
     reduction: str = checked(choices=("auto", "in_network", "two_level"))
     """Who adds up: the switches (NCCL), or the ranks, first within nodes and then between them."""
     ranks_per_node: int | None = checked(at_least=1)
     """Consecutive ranks that share a node; None: as the launcher says."""
-    chunk_mb: float = checked(above=0)
+    chunk_mib: float = checked(above=0)
     """two_level: MiB of gradients that pass through its phases together."""
-    bucket_cap_mb: float = checked(above=0)
+    bucket_cap_mib: float = checked(above=0)
     """in_network: the least MiB of a bucket of gradients."""
     register_buffers: bool
     """in_network: buckets in memory that NCCL registers."""
@@ -123,7 +125,7 @@ class Sharp(Plugin):
         inner = yield
         if name != "ddp" or not self._in_network:
             return inner
-        return {**inner, "bucket_cap_mb": max(inner["bucket_cap_mb"], self.config.bucket_cap_mb)}
+        return {**inner, "bucket_cap_mb": max(inner["bucket_cap_mb"], self.config.bucket_cap_mib)}
 
     @hookimpl
     def communication_hook(self, ctx: RunContext) -> tuple[Any, Callable[..., Any]] | None:
@@ -135,7 +137,7 @@ class Sharp(Plugin):
             self._nodes,
             ctx.rank,
             ctx.device,
-            chunk_bytes=int(self.config.chunk_mb * MIB),
+            chunk_bytes=int(self.config.chunk_mib * MIB),
             timeout=timedelta(seconds=ctx.config.launch.timeout_s),
         )
         return None, self._two_level.exchange

@@ -12,6 +12,7 @@ class MiniGoConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "target": "targets.win_rate",
         "eval_every": "eval.every",
         "eval_first": "eval.first",
     }
@@ -85,7 +86,7 @@ class MiniGoConfig:
     value_weight: float = checked(at_least=0)
     """Of the value's squared error, against the policy's cross-entropy."""
 
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("win_rate",), above=0, at_most=1)
     """Win rate in evaluation."""
     eval: EvalConfig
     """`every: null` is one epoch. The games of an evaluation are played side by side: `batch_size` is null."""

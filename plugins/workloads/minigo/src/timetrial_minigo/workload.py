@@ -39,7 +39,7 @@ class MiniGoWorkload:
     def __init__(self, spec: WorkloadSpec, config: MiniGoConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
         _refuse_contradictions(config)
-        self.targets = [Target(METRIC, config.target)]
+        self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
@@ -235,7 +235,7 @@ class MiniGoWorkload:
             "resign_threshold": config.resign_threshold,
             "parallel_games": config.parallel_games,
             "virtual_losses": config.virtual_losses,
-            "gating_win_rate": config.target,
+            "gating_win_rate": config.targets[METRIC],
             "eval_games": config.eval_games,
         }
 

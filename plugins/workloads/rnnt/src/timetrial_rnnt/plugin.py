@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, StepParts, WorkloadSpec
 from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
     from core.api.preparation import Preparation
-    from core.api.types import Evaluate, Forward, RunContext
+    from core.api.types import Evaluate, Forward, Plan, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
+
+NEEDED = "make it with `python -m core.prepare workload=rnnt_mlperf source=LIBRISPEECH out=FOLDER`"
 
 SPEC = WorkloadSpec(
     interface=2,
@@ -28,6 +31,10 @@ class Rnnt(Plugin):
     spec = SPEC
     Config = RnntConfig
     config: RnntConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        require_root(plan.root.data, self.config.embedded_data, NEEDED)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> RnntWorkload:
