@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pluggy import PluginManager
 
 from core.api.config import RunConfig, validate
+from core.api.hooks import PROJECT, Hooks
 from core.api.mesh import Mesh, arrange
+from core.api.preparation import Preparation
 from core.api.types import RunContext
 from core.compose.composition import compose
 from core.compose.discovery import discover
 from core.compose.manager import plugin_manager
+from core.engine.build import Baseline
 
 
 @dataclass
@@ -69,6 +73,33 @@ def lone_workload(run_dir: Path, option: str, *overrides: str, **place: Any) -> 
     plugin = discover().find("workload", option)
     ctx.workload = plugin_manager([plugin], _composed(arguments)[0]).hook.make_workload(ctx=ctx)
     return ctx.workload
+
+
+def settings_that_are_prepared_with(source: Path, out: Path, option: str, *overrides: str) -> set[str]:
+    """Prepares `source` into `out` in this process. Returns the keys of `workload` that were looked at."""
+
+    class Watched:
+        def __getattr__(self, key: str) -> Any:
+            read.add(key)
+            return getattr(settings, key)
+
+    read = set[str]()
+    arguments = (f"workload={option}", "data.workers=0", *(f"workload.{override}" for override in overrides))
+    composed, _ = _composed(arguments)
+    manager = plugin_manager([discover().find("workload", option)], composed)
+    (plugin,) = manager.get_plugins()
+    settings, plugin.config = plugin.config, Watched()
+    manager.hook.prepare(preparation=Preparation(source, out, validate(RunConfig, composed, "")))
+    return read
+
+
+def hooks_of(*plugins: object) -> Any:
+    """The hooks of these plugins, the innermost first, around core's own."""
+    manager = PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    for plugin in (Baseline(), *plugins):
+        manager.register(plugin)
+    return manager.hook
 
 
 @functools.cache

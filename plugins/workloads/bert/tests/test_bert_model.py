@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timetrial_bert.batch import IGNORED
 from timetrial_bert.config import SIZES as CHOICES
 from timetrial_bert.model import SIZES, gather_rows, mlm_loss, network_config
+from timetrial_bert.seams import IGNORED
 from timetrial_bert.workload import BertWorkload
 
 MakeWorkload = Callable[..., BertWorkload]

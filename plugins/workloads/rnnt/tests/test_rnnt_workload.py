@@ -176,9 +176,7 @@ def test_the_encoder_can_be_captured_and_there_are_few_shapes_of_its_input(make:
 
 
 @pytest.mark.parametrize(("name", "size"), [("rnnt", 128), ("rnnt_mlperf", 8)])
-def test_every_full_batch_has_the_shape_of_an_example(
-    name: str, size: int, make: MakeWorkload, prepared: Path
-) -> None:
+def test_every_full_batch_has_the_shape_of_an_example(name: str, size: int, make: MakeWorkload, prepared: Path) -> None:
     settings = ("vocab_size=16",) if name == "rnnt_mlperf" else ()
     root = str(prepared) if name == "rnnt_mlperf" else None
     for rank in range(2):
