@@ -32,7 +32,7 @@ def paced(jobs):
         time.sleep(float(os.environ.get("PAUSE", 0)))
 
 class P(Plugin):
-    spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert")
+    spec = WorkloadSpec(interface=2, summary="made up", benchmark="bert")
     Config = Config
 
     @hookimpl

@@ -40,7 +40,7 @@ WARM_UP = 2
 # -------------------------------------------------------------------------------------------------- on each rank
 
 
-def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
+def measure(mib: int, rounds: int, chunk_mib: float) -> list[dict[str, Any]]:
     """Of each contender, for this rank: seconds of each step, and bytes this host sent in the last."""
     from datetime import timedelta
 
@@ -63,8 +63,8 @@ def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
         layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(mib * MIB // (4 * WIDTH * WIDTH))))
         ddp = DistributedDataParallel(layers, bucket_cap_mb=2 * mib if contender == "unpipelined" else 25.0)
         if contender != "flat":
-            chunk = 2 * mib if contender == "unpipelined" else chunk_mb
-            hook = TwoLevel(launched(placement), rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
+            chunk = 2 * mib if contender == "unpipelined" else chunk_mib
+            hook = TwoLevel([launched(placement)], rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
             ddp.register_comm_hook(None, hook.exchange)
         return ddp
 
@@ -93,9 +93,9 @@ def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------- the race
 
 
-def compare(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
+def compare(placement: str, rate: str | None, mib: int, rounds: int, chunk_mib: float) -> list[dict[str, Any]]:
     """One row per contender: bytes over gradient bytes, and seconds of a step (of its slowest rank) by round."""
-    worker = (sys.executable, __file__, "--worker", json.dumps([mib, rounds, chunk_mb]))
+    worker = (sys.executable, __file__, "--worker", json.dumps([mib, rounds, chunk_mib]))
     with two_hosts(rate) as hosts:
         processes = start_ranks(hosts, placement, *worker)
         ended = [process.communicate() for process in processes]
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of the link, as tc writes it; `none` leaves it as it is")
     parser.add_argument("--mib", type=int, default=32, help="MiB of gradients, a multiple of 4")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--chunk-mb", type=float, default=2.0, help="opt.sharp.chunk_mb")
+    parser.add_argument("--chunk-mib", type=float, default=2.0, help="opt.sharp.chunk_mib")
     parser.add_argument("--placements", nargs="+", default=PLACEMENTS, help="the host of each rank, a digit each")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -137,11 +137,11 @@ def main() -> None:
     columns = ["hosts x ranks, ranks on hosts", "all-reduce", "bytes on the link, each way"]
     print(table([*columns, "step, s: median (min to max)", "n", "flat / this: median (min to max)"]))
     for placement in arguments.placements:
-        rows = compare(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mb)
+        rows = compare(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mib)
         for found in rows:
             print(row(cells(found, flat=rows[0])), flush=True)
     print(
-        f"\nS = {arguments.mib} MiB of gradients, link at {arguments.rate}, chunks of {arguments.chunk_mb:g} MiB; ",
+        f"\nS = {arguments.mib} MiB of gradients, link at {arguments.rate}, chunks of {arguments.chunk_mib:g} MiB; ",
         end="",
     )
     print(f"{os.cpu_count()} cores shared by all ranks, {platform.machine()}, Python {platform.python_version()}.")

@@ -44,7 +44,7 @@ def small_images() -> str:
 
 WORKLOADS = {
     # An epoch of two or three steps, and so an evaluation that the steps after it can hide.
-    "toy": ("workload=toy", "workload.examples=192", "workload.target=1", "stop.steps=6"),
+    "toy": ("workload=toy", "workload.examples=192", "workload.targets.accuracy=1", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", f"data.root={small_images()}", "stop.steps=4"),
     "bert": (
         "workload=bert", "data=synthetic", "workload.synthetic_fill=0.4", "workload.global_batch_size=8",
@@ -62,8 +62,8 @@ WORKLOADS = {
     "minigo": (
         "workload=minigo", "workload.width=8", "workload.blocks=1", "workload.games=16", "workload.simulations=4",
         "workload.epoch_examples=64", "workload.global_batch_size=32", "workload.eval_games=4",
-        "workload.opponent_simulations=2", "workload.eval.first=1", "workload.eval.every=1", "workload.target=1",
-        "stop.epochs=3",
+        "workload.opponent_simulations=2", "workload.eval.first=1", "workload.eval.every=1",
+        "workload.targets.win_rate=1", "stop.epochs=3",
     ),
 }  # fmt: skip
 """Small enough for seconds a run."""

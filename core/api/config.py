@@ -15,14 +15,17 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from core.api.errors import UsageError, nearest
 
+__all__ = ["EvalConfig", "LaunchConfig", "RunConfig", "checked", "validate"]
+
 T = TypeVar("T")
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 
-def checked(*, choices: tuple[str, ...] | None = None, **bounds: float) -> Any:
-    """A dataclass field that `validate` holds to `choices`, or to the bounds `at_least`, `above` and `at_most`."""
+def checked(*, choices: tuple[str, ...] | None = None, keys: tuple[str, ...] | None = None, **bounds: float) -> Any:
+    """A dataclass field that `validate` holds to `choices`, or to the bounds `at_least`, `above` and `at_most`. A
+    dictionary must have exactly these `keys`, and each of its values is held to the bounds."""
     assert bounds.keys() <= _BOUNDS.keys()
-    return dataclasses.field(metadata={"choices": choices, "bounds": bounds})
+    return dataclasses.field(metadata={"choices": choices, "keys": keys, "bounds": bounds})
 
 
 @dataclass(kw_only=True)
@@ -124,10 +127,12 @@ def validate(schema: type[T], node: Any, where: str) -> T:
 
 def renamed(schema: type[Any], key: str, where: str = "") -> str | None:
     """Words for a `key` that is, or holds, an old one of the dataclass `schema`; None for any other. Its `RENAMED:
-    ClassVar[Mapping[str, str]]` (old key -> new dotted key) answers with the new name for one release."""
+    ClassVar[Mapping[str, str]]` (old key -> new dotted key; one that begins with "/" counts from the root) answers with
+    the new name for one release."""
     for old, new in getattr(schema, "RENAMED", {}).items():
         if f"{old}.".startswith(f"{key}."):
-            return f"unknown key '{f'{where}.{old}'.strip('.')}': it is called {f'{where}.{new}'.strip('.')} now"
+            now = new[1:] if new.startswith("/") else f"{where}.{new}".strip(".")
+            return f"unknown key '{f'{where}.{old}'.strip('.')}': it is called {now} now"
     return None
 
 
@@ -137,17 +142,41 @@ def unknown_key(error: OmegaConfBaseException, where: str = "") -> str:
     return f"unknown key '{name}': {nearest(str(error.key), beside)}"
 
 
+def require_root(data: DataConfig, embedded: str | None, remedy: str) -> None:
+    """For a workload's hook `check`: UsageError where a run on real data has neither data.root nor embedded data."""
+    if data.source == "real" and not data.root and embedded is None:
+        raise UsageError(f"data.root is not set, and workload.embedded_data is null: {remedy}")
+
+
 def _check_ranges(config: Any, where: str) -> None:
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{where}.{item.name}".strip(".")
         if dataclasses.is_dataclass(value):
             _check_ranges(value, name)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{name} is {value}; a finite number is expected")
-        elif value is not None and item.metadata:
-            if item.metadata["choices"] and value not in item.metadata["choices"]:
-                raise UsageError(f"{name}={value}: {nearest(str(value), item.metadata['choices'])}")
-            for bound, limit in item.metadata["bounds"].items():
-                if not _BOUNDS[bound](value, limit):
-                    words = bound.replace("above", "a number above").replace("_", " ")
-                    raise UsageError(f"{name}={value} is out of range; {words} {limit:g} is expected")
+        elif item.metadata.get("keys"):
+            _check_keys(value, item.metadata["keys"], name)
+            for key in item.metadata["keys"]:
+                _check_value(value[key], item.metadata, f"{name}.{key}")
+        else:
+            _check_value(value, item.metadata, name)
+
+
+def _check_keys(value: dict[str, Any], keys: tuple[str, ...], name: str) -> None:
+    for key in sorted(value.keys() - set(keys)):
+        raise UsageError(f"unknown key '{name}.{key}': {nearest(key, keys)}")
+    for key in keys:
+        if key not in value:
+            raise UsageError(f"{name}.{key} is missing: {name} needs a value for {' and '.join(keys)}")
+
+
+def _check_value(value: Any, expected: Mapping[str, Any], name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} is {value}; a finite number is expected")
+    if value is None or not expected:
+        return
+    if expected["choices"] and value not in expected["choices"]:
+        raise UsageError(f"{name}={value}: {nearest(str(value), expected['choices'])}")
+    for bound, limit in expected["bounds"].items():
+        if not _BOUNDS[bound](value, limit):
+            words = bound.replace("above", "a number above").replace("_", " ")
+            raise UsageError(f"{name}={value} is out of range; {words} {limit:g} is expected")

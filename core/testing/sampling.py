@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share = float(config.getoption("--sample"))
+    share = float(config.getoption("--sample", default=1.0) or 1.0)
     if share >= 1:
         return
     commit, touched = (

@@ -10,6 +10,7 @@ from core.api.config import EvalConfig, checked
 @dataclass(kw_only=True)
 class ToyConfig:
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "target": "targets.accuracy",
         "eval_every": "eval.every",
     }
 
@@ -22,6 +23,6 @@ class ToyConfig:
     learning_rate: float = checked(above=0)
     momentum: float = checked(at_least=0, at_most=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(at_least=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("accuracy",), at_least=0, at_most=1)
     eval: EvalConfig
     dropout: float = checked(at_least=0, at_most=0.99)

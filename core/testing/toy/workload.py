@@ -22,7 +22,7 @@ class ToyWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: ToyConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        self.targets = [Target("accuracy", config.target)]
+        self.targets = [Target("accuracy", config.targets["accuracy"])]
         self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs = config.max_epochs
         self.global_batch_size = config.global_batch_size

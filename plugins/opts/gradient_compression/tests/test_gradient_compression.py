@@ -145,7 +145,7 @@ def test_bf16_between_two_ranks_stays_near_the_baseline() -> None:
 @pytest.mark.distributed
 def test_powersgd_of_full_rank_in_several_buckets_gives_the_baselines_result() -> None:
     """As many columns as the matrices have lose nothing; a wrong order of exchanges would give nonsense, or hang."""
-    sizes = ("workload.hidden=16384", "workload.learning_rate=0.0001", "backend.bucket_cap_mb=0.5")
+    sizes = ("workload.hidden=16384", "workload.learning_rate=0.0001", "backend.bucket_cap_mib=0.5")
     settings = ("method=powersgd", "start_step=2", "rank=16", "min_rate=0.0001")
     mine = run(*sizes, "+opt=gradient_compression", *(f"opt.gradient_compression.{s}" for s in settings))
     assert_close(mine, run(*sizes), rtol=1e-3, atol=1e-4)

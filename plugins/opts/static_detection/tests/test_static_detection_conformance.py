@@ -10,8 +10,8 @@ class TestStaticDetection(OptSuite):
         "workload.train_scenes=40",
         "workload.eval_scenes=8",
         "workload.global_batch_size=4",
-        "workload.box_target=0.000001",
-        "workload.mask_target=0.000001",
+        "workload.targets.box_ap=0.000001",
+        "workload.targets.mask_ap=0.000001",
         "workload.least_score=0.0001",
         "workload.eval.batch_size=4",
     )

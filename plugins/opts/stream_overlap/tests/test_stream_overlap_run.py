@@ -16,7 +16,7 @@ TWO_RANKS = ("workload=toy", "workload.hidden=256", "backend=gloo", "launch.npro
 @pytest.mark.distributed
 def test_two_ranks_train_the_same_bits_and_leave_a_trace_each(tmp_path: Path) -> None:
     without = cached_run(*TWO_RANKS).expect(4)
-    opts = ("+opt=stream_overlap", "opt.stream_overlap.trace=true", "opt.stream_overlap.bucket_cap_mb=0.01")
+    opts = ("+opt=stream_overlap", "opt.stream_overlap.trace=true", "opt.stream_overlap.bucket_cap_mib=0.01")
     outcome = run_cli(*TWO_RANKS, *opts, run_dir=tmp_path / "run").expect(4)
     assert outcome.result["parameters_sha256"] == without.result["parameters_sha256"]
     assert outcome.losses == without.losses

@@ -17,6 +17,6 @@ class TestUnpad(OptSuite):
         "workload.global_batch_size=8",
         "workload.eval.batch_size=64",
         "workload.eval.every=64",
-        "workload.target=0.001",
+        "workload.targets.masked_lm_accuracy=0.001",
     )
     steps = 6

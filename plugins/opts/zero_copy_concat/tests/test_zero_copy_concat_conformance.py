@@ -13,6 +13,6 @@ class TestZeroCopyConcat(OptSuite):
         "workload.global_batch_size=16",
         "workload.sequence_length=32",
         "workload.eval.every=160",
-        "workload.target=0.001",
+        "workload.targets.masked_lm_accuracy=0.001",
     )
     steps = 6

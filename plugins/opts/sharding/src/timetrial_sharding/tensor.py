@@ -241,6 +241,5 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def _check_divisible(what: str, size: int, ranks: int) -> None:
     if size % ranks:
-        raise UsageError(
-            f"{what} is {size}, which cannot be split over {ranks} ranks: give opt.tensor_parallel.degree a divisor of it"
-        )
+        problem = f"{what} is {size}, which cannot be split over {ranks} ranks"
+        raise UsageError(f"{problem}: set opt.tensor_parallel.degree to a divisor of it")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from core.api.config import checked
 from core.api.errors import UsageError
@@ -28,7 +28,7 @@ MIB = 2**20
 OFF = "switched off"
 
 BUCKETS = 16
-"""Buckets that the gradients are split into, where `bucket_cap_mb` leaves it open. The exchange of the last one cannot
+"""Buckets that the gradients are split into, where `bucket_cap_mib` leaves it open. The exchange of the last one cannot
 be hidden: a sixteenth of all."""
 
 SMALLEST_BUCKET_MIB, LARGEST_BUCKET_MIB = 0.0625, 25.0
@@ -38,6 +38,8 @@ SMALLEST_BUCKET_MIB, LARGEST_BUCKET_MIB = 0.0625, 25.0
 @dataclass(kw_only=True)
 class StreamOverlapConfig:
     """Settings of `opt.stream_overlap`."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"bucket_cap_mb": "bucket_cap_mib"}
 
     copies: bool
     """A thread prepares the next training batches and moves them to the device."""
@@ -49,7 +51,7 @@ class StreamOverlapConfig:
     """A bucket's parameters are updated as soon as their gradients are final."""
     prefetch: int = checked(at_least=1)
     """Batches that may be ready or under way ahead of the step."""
-    bucket_cap_mb: float | None = checked(above=0)
+    bucket_cap_mib: float | None = checked(above=0)
     """MiB of gradients in a bucket; null: a sixteenth of all, within bounds."""
     profile_after: int = checked(at_least=0)
     """Steps before those that are profiled for the evidence."""
@@ -132,8 +134,8 @@ class StreamOverlap(Plugin):
     # ------------------------------------------------------------------------------------- gradients and updates
 
     def _bucket_mib(self, model: nn.Module) -> float:
-        if self.config.bucket_cap_mb is not None:
-            return self.config.bucket_cap_mb
+        if self.config.bucket_cap_mib is not None:
+            return self.config.bucket_cap_mib
         share = sum(p.nbytes for p in model.parameters() if p.requires_grad) / BUCKETS / MIB
         return min(max(share, SMALLEST_BUCKET_MIB), LARGEST_BUCKET_MIB)
 

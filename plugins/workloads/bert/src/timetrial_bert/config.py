@@ -14,15 +14,17 @@ class BertConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "data_set": "embedded_data",
+        "target": "targets.masked_lm_accuracy",
         "eval_batch_size": "eval.batch_size",
         "eval_every_samples": "eval.every",
         "warmup_steps": "lr_warmup_steps",
         "start_warmup_step": "lr_warmup_start_step",
     }
 
-    data_set: str = checked(choices=("articles", "shards"))
-    """`articles`: the Wikipedia articles in the gensim wheel, or shards where data.root names a folder; `shards`: what
-    `core.prepare` wrote to data.root."""
+    embedded_data: str | None = checked(choices=("articles",))
+    """Read where data.root is null; `articles`: the Wikipedia articles in the gensim wheel. data.root is a folder that
+    `core.prepare` has written."""
     vocab_file: str | None
     """For `core.prepare`: BERT's vocab.txt, one token a line; `starter`: the starter checkpoint's; null trains one of
     `vocab_size` tokens."""
@@ -63,7 +65,7 @@ class BertConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("masked_lm_accuracy",), above=0, at_most=1)
     """Masked-LM accuracy over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is the rules' formula, floor(0.05 * (230.23 * batch size + 3,000,000), 25,000) samples, and

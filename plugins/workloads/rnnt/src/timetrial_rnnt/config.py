@@ -12,15 +12,17 @@ class RnntConfig:
     """`conf/workload/*.yaml` holds the values of the two options."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
+        "data_set": "embedded_data",
+        "target": "targets.word_error_rate",
         "eval_batch_size": "eval.batch_size",
         "eval_every": "eval.every",
         "eval_first": "eval.first",
         "warmup_epochs": "lr_warmup_epochs",
     }
 
-    data_set: str = checked(choices=("digits", "prepared"))
-    """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
-    `core.prepare` wrote to data.root."""
+    embedded_data: str | None = checked(choices=("digits",))
+    """Read where data.root is null; `digits`: digit strings spoken by espeak-ng. data.root is a folder that
+    `core.prepare` has written."""
     tokens: str = checked(choices=("letters", "sentencepieces"))
     """What transcripts are made of; must agree with the preparation. The embedded digits are spelt in letters."""
     vocab_size: int = checked(at_least=2, at_most=65535)
@@ -74,7 +76,7 @@ class RnntConfig:
 
     global_batch_size: int = checked(at_least=1)
     max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
+    targets: dict[str, float] = checked(keys=("word_error_rate",), above=0, at_most=1)
     """Word error rate over the whole evaluation set."""
     eval: EvalConfig
     """`every: null` is one epoch, and `batch_size: null` the global batch size."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, StepParts, WorkloadSpec
 from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
     from core.api.preparation import Preparation
-    from core.api.types import Evaluate, Forward, RunContext
+    from core.api.types import Evaluate, Forward, Plan, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
+
+NEEDED = "make it with `python -m core.prepare workload=rnnt_mlperf source=LIBRISPEECH out=FOLDER`"
 
 SPEC = WorkloadSpec(
     interface=2,
     summary="RNN-T speech recognition: spoken digits, or LibriSpeech as in MLPerf's closed rules",
     benchmark="rnnt",
+    preparation=frozenset({"eval_folder", "max_duration", "sentencepiece_model", "tokens", "vocab_size"}),
 )
 
 
@@ -28,6 +33,10 @@ class Rnnt(Plugin):
     spec = SPEC
     Config = RnntConfig
     config: RnntConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        require_root(plan.root.data, self.config.embedded_data, NEEDED)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> RnntWorkload:
@@ -55,7 +64,7 @@ class Rnnt(Plugin):
             parts.update()
             average.update()
 
-        return StepParts(parts.forward_backward, update)
+        return replace(parts, update=update)
 
     @hookimpl(wrapper=True)  # the workload is outermost: an opt may gather sharded weights inside
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:

@@ -34,17 +34,13 @@ class PreparedSpeech:
     @cached_property
     def root(self) -> Path:
         given = self.ctx.config.data.root
-        if not given:
-            raise DataError(
-                "data.root must name prepared speech: make it with "
-                f"`python -m core.prepare workload={self._option} source=LIBRISPEECH out=FOLDER`"
-            )
+        assert given  # or the plugin's `check` has refused the run
         return Path(given).expanduser()
 
     @property
     def _option(self) -> str:
         """Of the two, the one whose preparation fits this run."""
-        return "rnnt" if self.config.data_set == "digits" else "rnnt_mlperf"
+        return "rnnt" if self.config.tokens == "letters" else "rnnt_mlperf"
 
     @property
     def tokens(self) -> Tokens:

@@ -43,7 +43,7 @@ class RnntWorkload:
             raise UsageError(f"workload.speed_min={config.speed_min} is above workload.speed_max={config.speed_max}")
         if config.tokens == "letters" and config.vocab_size != Letters.size:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
-        self.targets = [Target(METRIC, config.target, higher_is_better=False)]
+        self.targets = [Target(METRIC, config.targets[METRIC], higher_is_better=False)]
         self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(parts=("encoder",))
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
@@ -63,7 +63,7 @@ class RnntWorkload:
         return 0 if self.ctx.synthetic else self.corpus.eval_samples
 
     def _corpus(self) -> Corpus:
-        if self.config.data_set == "digits" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "digits" and not self.ctx.config.data.root:
             return SpokenDigits(self.config, self.ctx)
         from timetrial_rnnt.prepared import PreparedSpeech
 
