@@ -104,8 +104,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 class Trainer:
     """A network and its optimizer over a mesh of named dimensions, or on one rank."""
 
-    def __init__(self, optimizer: str, mesh: DeviceMesh | None) -> None:
-        self.model = network()
+    def __init__(self, optimizer: str, mesh: DeviceMesh | None, reshard: bool = True) -> None:
+        self.model, self.reshard = network(), reshard
         self.forward: nn.Module = self.model
         self.data_rank, self.data_size = 0, 1
         self.layout: SplitLayout | None = None
@@ -120,7 +120,7 @@ class Trainer:
         splits = parallelize(self.model, mesh["tensor"], PLAN) if "tensor" in names else {}
         data = tuple(name for name in names if name != "tensor")
         if "shard" in names:
-            self.sharded = ShardedModel(self.model, list(self.model.layer), mesh[data], reshard=True)
+            self.sharded = ShardedModel(self.model, list(self.model.layer), mesh[data], self.reshard)
         elif data:
             self.forward = DistributedDataParallel(self.model, process_group=mesh.get_group("data"))
         for name in data:
@@ -235,9 +235,19 @@ def gradients_are_cleared_without_a_step(mesh: DeviceMesh) -> None:
         assert all(grad is None if set_to_none else not grad.any() for grad in grads)
 
 
-def evaluates_unequally_many_batches(mesh: DeviceMesh) -> None:
+def gradients_are_the_mean_over_ranks_of_weighted_shares(mesh: DeviceMesh, reshard: bool) -> None:
+    """Shares of 5 and 1 rows and of 1 each, weighted as `core.api.types.Batch` says."""
+    mine, one, ids = Trainer("sgd", mesh, reshard), network(), batch(3)[0]
+    share = ids.split([5, 1, 1, 1])[mine.data_rank]
+    (mine.forward(share).square().mean() * len(share) * mine.data_size / len(ids)).backward()
+    one(ids).square().mean().backward()
+    for sharded, whole in zip(mine.model.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad, rtol=0, atol=1e-9)
+
+
+def evaluates_unequally_many_batches(mesh: DeviceMesh, reshard: bool = True) -> None:
     """On data ranks; the ranks of a tensor group evaluate the same ones. Afterwards each holds its part again."""
-    mine, ids = Trainer("sgd", mesh), batch(3)[0]
+    mine, ids = Trainer("sgd", mesh, reshard), batch(3)[0]
     mine.step(0)
     one = network()
     one.load_state_dict(mine.states()[0])
@@ -250,7 +260,7 @@ def evaluates_unequally_many_batches(mesh: DeviceMesh) -> None:
         block, other = mine.model.layer[0], mine.model.layer[1]
         other.register_forward_hook(lambda *_: first_is_sharded.append(isinstance(block.query.weight, DTensor)))
         mine.step(1)
-        assert first_is_sharded == [True]  # by the time when the second block has run
+        assert first_is_sharded == [reshard]  # by the time when the second block has run
 
 
 def dropout_draws_own_numbers_where_activations_are_split(mesh: DeviceMesh) -> None:
@@ -329,6 +339,9 @@ if __name__ == "__main__":
     for each in (DDP, FSDP, HYBRID):
         each_rank_holds_its_share(each)
         evaluates_unequally_many_batches(each)
+    evaluates_unequally_many_batches(FSDP, reshard=False)
+    for reshard in (True, False):
+        gradients_are_the_mean_over_ranks_of_weighted_shares(HYBRID, reshard)
     for each in (DDP, FSDP):
         ranks_of_a_tensor_group_stay_the_same_bit_for_bit(each)
         gradients_are_cleared_without_a_step(each)

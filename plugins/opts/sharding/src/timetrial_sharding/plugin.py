@@ -88,8 +88,10 @@ class Fsdp(Plugin):
         return self._layout
 
     @hookimpl(wrapper=True)
-    def wrap_evaluate(self) -> Generator[None, Evaluate, Evaluate]:
+    def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
         evaluate = yield
+        if ctx.sidecar:  # there the model is whole
+            return evaluate
 
         def evaluate_whole(infer: Forward) -> Quality:
             assert self._sharded is not None
@@ -206,8 +208,9 @@ class TensorParallel(Plugin):
             "tensor_ranks": ranks, "data_ranks": ctx.mesh.data_size,
         }  # fmt: skip
         if sums is not None:
-            summary += f", with {sums.count} sums of {sums.bytes:,} bytes in all a step"
-            figures |= {"sums_per_step": sums.count, "bytes_per_step": sums.bytes}
+            summary += f"; {sums.count} sums of {sums.bytes:,} bytes in all a step"
+            summary += ", those in compiled code not counted" if sums.compiled else ""
+            figures |= {"sums_per_step": sums.count, "bytes_per_step": sums.bytes, "compiled": sums.compiled}
         return Evidence(
             plugin="tensor_parallel",
             active=parameters.local < parameters.whole and sums is not None and (sums.count > 0 or sums.compiled),
