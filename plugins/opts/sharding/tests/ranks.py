@@ -1,4 +1,4 @@
-"""What each of four ranks does in `test_sharding.py`: `python ranks.py WHAT`, with RANK and the like in the environment."""
+"""What each of four ranks does in `test_sharding.py`: `python ranks.py WHAT`, with RANK and the like set."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ class TensorParallel(Plugin):
             return Evidence(plugin="tensor_parallel", active=False, summary="no layer has been split")
         parameters, state = held(self._layout.parameters()), held(_state(ctx))
         sums, ranks = self._sums, ctx.mesh.size("tensor")
+        compiled = any(module._compiled_call_impl for module in ctx.model.modules())
         summary = f"this rank holds {parameters.local:,} of {parameters.whole:,} bytes of parameters"
         summary += f"; {len(self._splits)} tensors are split over {ranks} ranks"
         figures: dict[str, Any] = {
@@ -209,11 +210,11 @@ class TensorParallel(Plugin):
         }  # fmt: skip
         if sums is not None:
             summary += f"; {sums.count} sums of {sums.bytes:,} bytes in all a step"
-            summary += ", those in compiled code not counted" if sums.compiled else ""
-            figures |= {"sums_per_step": sums.count, "bytes_per_step": sums.bytes, "compiled": sums.compiled}
+            summary += ", those in compiled code not counted" if compiled else ""
+            figures |= {"sums_per_step": sums.count, "bytes_per_step": sums.bytes, "compiled": compiled}
         return Evidence(
             plugin="tensor_parallel",
-            active=parameters.local < parameters.whole and sums is not None and (sums.count > 0 or sums.compiled),
+            active=parameters.local < parameters.whole and (compiled or (sums is not None and sums.count > 0)),
             summary=summary,
             figures=figures,
             numerics="changes" if "random" in self._plan.values() else None,  # other random numbers than one rank's

@@ -103,31 +103,21 @@ class _Sum(torch.autograd.Function):
 
 @dataclass
 class Sums:
-    """Sums over a tensor group: how many, and of how many bytes on each rank."""
+    """Sums over a tensor group: how many, and of how many bytes on each rank. Those in compiled code do not count."""
 
     count: int = 0
     bytes: int = 0
-    compiled: bool = False
-    """Whether torch.compile has taken some in; those are not counted."""
 
     def since(self, before: Sums) -> Sums:
-        return Sums(self.count - before.count, self.bytes - before.bytes, self.compiled)
+        return Sums(self.count - before.count, self.bytes - before.bytes)
 
 
 SUMS = Sums()
 """All of this process."""
 
 
-@torch.compiler.assume_constant_result
-def _note_compiled() -> None:
-    """Called while the compiler traces, never by what it makes."""
-    SUMS.compiled = True
-
-
 def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if torch.compiler.is_compiling():
-        _note_compiled()
-    else:
+    if not torch.compiler.is_compiling():
         SUMS.count += 1
         SUMS.bytes += part.nbytes
     # Not dist.all_reduce: torch.compile loses that one where it is in the backward pass of a Function.
