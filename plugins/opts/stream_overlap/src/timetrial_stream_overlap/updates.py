@@ -159,10 +159,10 @@ def obstacle(optimizer: torch.optim.Optimizer, core: StepParts, parts: StepParts
     return None
 
 
-def average(state, bucket):  # torch refuses annotations that are strings
-    """The mean over ranks, with the bits of DistributedDataParallel's own, which multiplies before it sums."""
-    buffer = bucket.buffer().mul_(1.0 / dist.get_world_size())
-    return dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
+def average(group, bucket):  # torch refuses annotations that are strings
+    """The mean over a group, with the bits of DistributedDataParallel's own, which multiplies before it sums."""
+    buffer = bucket.buffer().mul_(1.0 / dist.get_world_size(group))
+    return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def buckets(parameters: Iterable[nn.Parameter], cap_bytes: int) -> list[list[nn.Parameter]]:
