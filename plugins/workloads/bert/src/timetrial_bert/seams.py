@@ -27,4 +27,4 @@ PADDED = frozenset(
 """Keys of a batch in its padded form: a `transform` that lays it out otherwise replaces them."""
 
 IGNORED = -100
-"""Label of a prediction that does not exist."""
+"""Label of a prediction that does not exist: it fills up rows with fewer predictions than there is room for."""

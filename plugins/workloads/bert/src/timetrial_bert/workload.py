@@ -16,9 +16,9 @@ from core.api.reference import LAMB, parameter_groups
 from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
-from timetrial_bert.batch import IGNORED, collate
+from timetrial_bert.batch import collate
 from timetrial_bert.schedule import Schedule
-from timetrial_bert.seams import ENCODER, MLM_LOSS
+from timetrial_bert.seams import ENCODER, IGNORED, MLM_LOSS
 
 if TYPE_CHECKING:
     from timetrial_bert.config import BertConfig
