@@ -64,7 +64,7 @@ def measure(mib: int, rounds: int, chunk_mib: float) -> list[dict[str, Any]]:
         ddp = DistributedDataParallel(layers, bucket_cap_mb=2 * mib if contender == "unpipelined" else 25.0)
         if contender != "flat":
             chunk = 2 * mib if contender == "unpipelined" else chunk_mib
-            hook = TwoLevel(launched(placement), rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
+            hook = TwoLevel([launched(placement)], rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
             ddp.register_comm_hook(None, hook.exchange)
         return ddp
 

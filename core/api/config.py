@@ -15,6 +15,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from core.api.errors import UsageError, nearest
 
+__all__ = ["EvalConfig", "LaunchConfig", "RunConfig", "checked", "validate"]
+
 T = TypeVar("T")
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
@@ -125,10 +127,12 @@ def validate(schema: type[T], node: Any, where: str) -> T:
 
 def renamed(schema: type[Any], key: str, where: str = "") -> str | None:
     """Words for a `key` that is, or holds, an old one of the dataclass `schema`; None for any other. Its `RENAMED:
-    ClassVar[Mapping[str, str]]` (old key -> new dotted key) answers with the new name for one release."""
+    ClassVar[Mapping[str, str]]` (old key -> new dotted key; one that begins with "/" counts from the root) answers with
+    the new name for one release."""
     for old, new in getattr(schema, "RENAMED", {}).items():
         if f"{old}.".startswith(f"{key}."):
-            return f"unknown key '{f'{where}.{old}'.strip('.')}': it is called {f'{where}.{new}'.strip('.')} now"
+            now = new[1:] if new.startswith("/") else f"{where}.{new}".strip(".")
+            return f"unknown key '{f'{where}.{old}'.strip('.')}': it is called {now} now"
     return None
 
 

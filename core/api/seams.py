@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     from core.api.batch import Batch, Evaluate, Outputs, Purpose
 
+__all__ = [
+    "EVALUATE",
+    "FEED",
+    "GRADIENT_BUCKETS",
+    "GRADIENT_EXCHANGE",
+    "INFER",
+    "LOSS",
+    "TENSOR_PLAN",
+    "Replacement",
+    "Seam",
+]
+
 T = TypeVar("T")
 
 
@@ -52,7 +64,8 @@ EVALUATE: Seam[Evaluate] = Seam("core.evaluate")
 """The evaluation of the whole evaluation set. Not offered on synthetic data, which has no quality."""
 
 GRADIENT_BUCKETS: Seam[dict[str, Any]] = Seam("core.gradient_buckets")
-"""Keyword arguments of torch's DistributedDataParallel, offered by the opt that wraps the model in it."""
+"""Keyword arguments of torch's DistributedDataParallel, offered by the opt that wraps the model in it, and
+"bucket_at_least_mb": what `bucket_cap_mb` is raised to in the end, for an opt that large buckets serve."""
 
 GRADIENT_EXCHANGE: Seam[tuple[Any, Callable[..., Any]] | None] = Seam("core.gradient_exchange")
 """`(state, hook)` for DistributedDataParallel's `register_comm_hook`; None is its own all-reduce. An opt that exchanges

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from timetrial_gloo import process_group
+from core.api.mesh import Dimension, Mesh, arrange
+from timetrial_torchdist import process_group
+from timetrial_torchdist.buffers import average_buffers, data_group
 
 CPU = torch.device("cpu")
 
@@ -20,7 +22,6 @@ def agree() -> None:
     """One process group for all three: starting a process costs more than what it checks."""
     group = process_group.join("gloo", CPU, 60.0)
     exchange(group)
-    gradients(group)
     buffers(group)
     group.shutdown()
     group.shutdown()  # a second time does no harm
@@ -31,28 +32,26 @@ def exchange(group: process_group.ProcessGroup) -> None:
     assert group.broadcast({"from": group.rank}) == {"from": 0}
 
 
-def gradients(group: process_group.ProcessGroup) -> None:
-    """Unequal shares (3 and 1 examples), weighted as `core.api.types.Batch` says."""
-    torch.manual_seed(group.rank)  # the ranks start apart: DistributedDataParallel takes rank 0's parameters
-    model = process_group.distribute(nn.Linear(5, 3), CPU, bucket_cap_mb=25.0)
-    x_NF = torch.randn(4, 5, generator=torch.Generator().manual_seed(7))
-    mine = x_NF[:3] if group.rank == 0 else x_NF[3:]
-    (model(mine).square().mean() * len(mine) * group.world_size / len(x_NF)).backward()
-    alone = nn.Linear(5, 3)
-    alone.load_state_dict(model.module.state_dict())
-    alone(x_NF).square().mean().backward()
-    torch.testing.assert_close(model.module.weight.grad, alone.weight.grad, rtol=0, atol=1e-6)
-
-
 def buffers(group: process_group.ProcessGroup) -> None:
     model = nn.Module()
     model.register_buffer("apart", torch.tensor([1.0, 2.0]) * (1 + 2 * group.rank))
     model.register_buffer("alike", torch.tensor([0.1, 1e-30]))
     model.register_buffer("count", torch.tensor(5))
-    process_group.average_buffers(model)
+    average_buffers(model)
     assert model.apart.tolist() == [2.0, 4.0]
     assert torch.equal(model.alike, torch.tensor([0.1, 1e-30]))
     assert model.count.item() == 5
+
+
+def data_peers() -> None:
+    """Four ranks as data 2 x tensor 2: ranks 0 and 2 hold one part of the model, 1 and 3 the other."""
+    group = process_group.join("gloo", CPU, 60.0)
+    tensor = Dimension(name="tensor", size=2, splits_data=False, nearness=30)
+    model, part = nn.Module(), group.rank % 2
+    model.register_buffer("statistics", torch.full((1 + part,), float(group.rank)))
+    average_buffers(model, data_group(Mesh(arrange([tensor], 4), group.rank)))
+    assert model.statistics.tolist() == [1.0 + part] * (1 + part)  # the mean of 0 and 2, or of 1 and 3
+    group.shutdown()
 
 
 def dead_peer() -> None:
@@ -84,4 +83,4 @@ def hung_peer() -> None:
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (agree, dead_peer, hung_peer)}[sys.argv[1]]()
+    {f.__name__: f for f in (agree, data_peers, dead_peer, hung_peer)}[sys.argv[1]]()

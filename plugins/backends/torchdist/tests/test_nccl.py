@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from timetrial_nccl import devices
-from timetrial_nccl.plugin import Nccl, NcclConfig
+from timetrial_torchdist import devices
+from timetrial_torchdist.config import NoSettings
+from timetrial_torchdist.nccl import Nccl
 
 GPUS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
 
@@ -63,14 +64,6 @@ def test_the_command_line_refuses_it_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_cublas_gets_a_fixed_workspace_only_where_runs_must_repeat() -> None:
-    plugin = Nccl(NcclConfig(ddp="auto", bucket_cap_mib=25.0))
+    plugin = Nccl(NoSettings())
     assert plugin.environment(SimpleNamespace(deterministic=True)) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert plugin.environment(SimpleNamespace(deterministic=False)) == {}
-
-
-def test_gloo_and_nccl_ship_the_same_process_group() -> None:
-    mine = Path(__file__).parents[1] / "src/timetrial_nccl/process_group.py"
-    other = Path(__file__).parents[2] / "gloo/src/timetrial_gloo/process_group.py"
-    if not other.exists():
-        pytest.skip("the gloo plugin's source is not beside this one")
-    assert mine.read_text() == other.read_text()

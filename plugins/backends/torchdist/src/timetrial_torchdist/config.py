@@ -11,4 +11,4 @@ from typing import ClassVar
 class NoSettings:
     """They have none."""
 
-    RENAMED: ClassVar[Mapping[str, str]] = {"ddp": "opt=ddp", "bucket_cap_mb": "opt.ddp.bucket_cap_mib"}
+    RENAMED: ClassVar[Mapping[str, str]] = {"ddp": "/opt.ddp", "bucket_cap_mb": "/opt.ddp.bucket_cap_mib"}

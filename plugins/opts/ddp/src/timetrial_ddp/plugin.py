@@ -35,6 +35,7 @@ class Ddp(Plugin):
         requires=frozenset({"process_group"}),
         numerics="tolerance",
         claims=frozenset({"gradient_exchange"}),
+        wraps=frozenset({"tensor_parallel"}),  # each rank exchanges the gradients of its own part of a layer
     )
     Config = DdpConfig
     config: DdpConfig
@@ -48,9 +49,9 @@ class Ddp(Plugin):
         model = yield
         # Buffers are not broadcast from rank 0 at each forward pass, torch's default: that costs a collective a step,
         # throws away what the other ranks saw, and is of no use where ranks compute equal buffers.
-        settings = ctx.offer(
-            GRADIENT_BUCKETS, {"bucket_cap_mb": self.config.bucket_cap_mib, "broadcast_buffers": False}
-        )
+        plain = {"bucket_cap_mb": self.config.bucket_cap_mib, "bucket_at_least_mb": 0.0, "broadcast_buffers": False}
+        settings = dict(ctx.offer(GRADIENT_BUCKETS, plain))
+        settings["bucket_cap_mb"] = max(settings["bucket_cap_mb"], settings.pop("bucket_at_least_mb"))
         on_cpu = ctx.device.type == "cpu"
         self._wrapped = DistributedDataParallel(
             model,
