@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from core.api.errors import PluginError, exit_status
 from core.api.tables import print_table
-from core.api.types import BackendSpec, Command, CommandSpec, Devices, PluginSpec
+from core.api.types import BackendSpec, Command, Devices, PluginSpec
 from core.compose.discovery import Installed, discover
 from core.compose.resolve import capabilities
 
@@ -21,7 +21,7 @@ class NoSettings:
 class Plugins(Command):
     """Lists the installed plugins. It imports each of them, without torch."""
 
-    spec = CommandSpec(interface=2, summary="list the installed plugins and whether they can run here")
+    spec = PluginSpec(interface=2, summary="list the installed plugins and whether they can run here")
     Config = NoSettings
 
     def run(self, arguments: list[str]) -> int:

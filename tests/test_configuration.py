@@ -83,15 +83,70 @@ def test_opts_that_conflict_are_refused_with_the_reason(tmp_path: Path, fake_plu
 
 def test_opts_that_claim_the_same_resource_are_refused(tmp_path: Path, fake_plugin) -> None:
     for name in ("one", "two"):
-        site = fake_plugin("opt", name, OPT.format(more=', claims=frozenset({"ddp.comm_hook"})'))
+        site = fake_plugin("opt", name, OPT.format(more=', claims=frozenset({"gradient_exchange.hook"})'))
     line = refused("workload=toy", "+opt=[one,two]", tmp_path=tmp_path, PYTHONPATH=str(site))
-    assert all(part in line for part in ("'one'", "'two'", "ddp.comm_hook"))
+    assert all(part in line for part in ("'one'", "'two'", "gradient_exchange.hook"))
 
 
-def test_an_opt_that_no_workload_component_answers_to_is_refused(tmp_path: Path, fake_plugin) -> None:
-    site = fake_plugin("opt", "lean", OPT.format(more=', components=frozenset({"rnnt.loss"})'))
+def test_an_opt_whose_seam_is_not_offered_is_refused(tmp_path: Path, fake_plugin) -> None:
+    site = fake_plugin("opt", "lean", OPT.format(more=', replaces=frozenset({Seam("rnnt.loss")})'))
     outcome = run_cli("workload=toy", "+opt=lean", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(2)
     assert "rnnt.loss" in outcome.stderr
+    assert outcome.failure == "not_offered"
+
+
+def test_an_opt_that_replaces_a_seam_without_saying_so_is_refused(tmp_path: Path, fake_plugin) -> None:
+    source = (
+        OPT.format(more="")
+        + """
+    @hookimpl
+    def replace(self):
+        return [LOSS.by(lambda inner: inner)]
+"""
+    )
+    site = fake_plugin("opt", "silent", source)
+    outcome = run_cli("workload=toy", "+opt=silent", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(2)
+    assert "core.loss" in outcome.stderr and outcome.failure == "plugin"
+
+
+def test_what_check_refuses_is_refused_before_a_run_folder_exists(tmp_path: Path, fake_plugin) -> None:
+    source = (
+        OPT.format(more="")
+        + """
+    @hookimpl
+    def check(self, plan):
+        raise ConflictError(f"opts {', '.join(plan.opts)} on {plan.workload} with {plan.world_size} ranks do not go")
+"""
+    )
+    site = fake_plugin("opt", "picky", source)
+    line = refused("workload=toy", "+opt=[picky,amp]", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert "opts amp, picky on toy with 1 ranks do not go" in line
+
+
+def test_a_new_mesh_dimension_needs_no_change_to_core(tmp_path: Path, fake_plugin) -> None:
+    """Ranks along a made-up dimension share their data: 2 x 2 ranks read as two data ranks do, and count once."""
+    source = (
+        OPT.format(more=', requires=frozenset({"multi_rank"})')
+        + """
+    @hookimpl
+    def dimensions(self):
+        return [Dimension(name="twin", size=2, splits_data=False, nearness=40, reports="last")]
+
+    @hookimpl
+    def verify(self, ctx):
+        return Evidence(plugin="twins", active=ctx.mesh.size("twin") == 2, summary="two of each")
+"""
+    )
+    site = str(fake_plugin("opt", "twins", source))
+    toy = ("workload=toy", "stop.steps=40")
+    four = run_cli(*toy, "+opt=twins", "launch.nproc=4", run_dir=tmp_path / "four", PYTHONPATH=site).expect(4)
+    two = run_cli(*toy, "launch.nproc=2", run_dir=tmp_path / "two").expect(4)
+    assert four.result["mesh"] == {"data": 2, "twin": 2}
+    for key in ("parameters_sha256", "quality", "samples"):
+        assert four.result[key] == two.result[key], key
+    assert four.losses == two.losses
+    line = refused("workload=toy", "+opt=twins", "launch.nproc=3", tmp_path=tmp_path, PYTHONPATH=site)
+    assert "3 ranks cannot be arranged as twin 2" in line
 
 
 def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake_plugin) -> None:

@@ -15,7 +15,7 @@ WANDB_LIKE = """
 import json
 
 class P(Plugin):
-    spec = TrackerSpec(interface=2, summary="scalars, configuration and artifacts, as W&B keeps them")
+    spec = PluginSpec(interface=2, summary="scalars, configuration and artifacts, as W&B keeps them")
     Config = Config
 
     def _write(self, ctx, **line):
@@ -98,7 +98,7 @@ def test_a_failed_run_is_told_to_trackers_and_has_a_system_description(fake_plug
 def test_a_tracker_that_would_change_the_run_is_refused(fake_plugin: FakePlugin, tmp_path: Path) -> None:
     source = """
     class P(Plugin):
-        spec = TrackerSpec(interface=2, summary="not only a tracker")
+        spec = PluginSpec(interface=2, summary="not only a tracker")
         Config = Config
 
         @hookimpl(wrapper=True)
@@ -119,7 +119,7 @@ class Settings(LaunchConfig):
     note: str
 
 class P(Launcher):
-    spec = LauncherSpec(interface=2, summary="each rank as a process, started by hand")
+    spec = PluginSpec(interface=2, summary="each rank as a process, started by hand")
     Config = Settings
     config: Settings
 
@@ -158,7 +158,7 @@ def test_a_launcher_starts_the_ranks_its_own_way_and_leaves_the_plan_as_it_is(
 
 COMMAND = """
 class P(Command):
-    spec = CommandSpec(interface=2, summary="counts run folders")
+    spec = PluginSpec(interface=2, summary="counts run folders")
     Config = Config
 
     def run(self, arguments):

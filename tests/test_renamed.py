@@ -27,7 +27,7 @@ class Renamed:
     inner: Inner
 
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise")
     Config = Renamed
 """
 

@@ -8,7 +8,7 @@ Both play whole games from the empty board, up to 2 * P moves (P points, open_sp
 from all legal ones. Ours checks all moves against all earlier positions of the game (positional superko); open_spiel,
 which is called game by game from Python, forbids kos and ends a game that repeats. One torch thread, one process.
 Rounds are interleaved; figures are medians (minimum to maximum) over the rounds, of moves per second of CPU time (on
-CUDA of wall time), drawing the moves included. The other columns say where ours spends its time, in a pass of its own:
+CUDA of wall time), drawing the moves included. The other columns say where ours spends its time, in a separate pass:
 microseconds for a board and move, over all moves of the games.
 """
 
@@ -94,7 +94,7 @@ def clock(device: str) -> float:
 
 
 def rate(player: Ours | OpenSpiel, seconds: float, device: str) -> float:
-    """Moves a second, over whole games that take so many seconds at least."""
+    """Moves a second, over whole games, for at least this number of seconds."""
     start, moves = clock(device), 0
     while (spent := clock(device) - start) < seconds:
         moves += player.games()

@@ -5,7 +5,7 @@ MCTS bot with the same network.
     uv run python tools/bench_selfplay.py --networks 16x2 --precisions fp32 --rounds 7
     uv run python tools/bench_selfplay.py --device cuda --networks 64x5 256x19 --size 19     # against the ceiling only
 
-A position is one move of one game, chosen by a search of so many simulations, each of which shows the network one new
+A position is one move of one game, chosen by a search of `--simulations`, each of which shows the network one new
 position; nothing is kept from one search to the next. Our side does all that self-play does for a move: it draws noise,
 searches, keeps the position and its policy target, chooses a move in proportion to the visits and plays it. The games
 are many, and at their 1st to 60th move. The *ceiling* is the network's evaluations/s, divided by the simulations: what
@@ -13,7 +13,7 @@ self-play would reach if rules, trees and planes cost nothing. It is taken at th
 network, and in each round at the batch size that is best; ours has one format and batch size, those that were best
 before the race.
 
-Each contender is a process of its own with one torch thread, which works when it is its turn, and is timed in CPU
+Each contender is a separate process with one torch thread, which works when it is its turn, and is timed in CPU
 seconds of its process (on CUDA in seconds); ratios are taken within a round. Figures are medians (minimum to maximum).
 The networks' weights are random. open_spiel's bot is shown the present position only, without history, which costs it
 less than ours.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__: list[str] = []  # `core.api.types` is where plugins find them
+
 Purpose = Literal["train", "evaluate", "warm_up"]
 """What a batch is for: a counted step, the evaluation, or a pass before the clock starts that leaves no trace."""
 

@@ -15,6 +15,8 @@ from core.api.config import EvalConfig
 from core.api.errors import DataError, UsageError
 from core.api.types import EvalCadence
 
+__all__ = ["EpochSampler", "Share", "eval_cadence", "eval_share"]
+
 
 @dataclass(frozen=True)
 class Share:

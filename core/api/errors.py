@@ -10,6 +10,22 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
+__all__ = [
+    "EXIT_CODES",
+    "CheckpointError",
+    "ConflictError",
+    "DataError",
+    "DivergedError",
+    "NotHereError",
+    "NotOfferedError",
+    "OutOfMemoryError",
+    "PluginError",
+    "TimetrialError",
+    "UsageError",
+    "exit_status",
+    "nearest",
+]
+
 EXIT_CODES = {"success": 0, "throughput": 0, "failed": 1, "diverged": 3, "not_converged": 4, "stopped": 75}
 """Status of a run -> exit status. 75 is EX_TEMPFAIL of sysexits.h: stopped by a signal and resumable."""
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+__all__ = ["read_json", "sha256", "write_json"]
+
 
 def write_json(path: Path, tree: Any) -> None:
     """Replaces the file in one step, so that a reader never sees half of it."""

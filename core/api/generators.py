@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["generator_states", "set_generator_states"]
+
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """What `set_generator_states` takes back."""

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         Workload,
     )
 
+__all__ = ["hookimpl"]
+
 PROJECT = "timetrial"
 hookimpl = pluggy.HookimplMarker(PROJECT)
 COLLECTED = frozenset({

@@ -21,6 +21,8 @@ from core.api.errors import ConflictError, UsageError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+__all__ = ["Dimension", "Mesh"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:

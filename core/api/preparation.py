@@ -24,6 +24,8 @@ from core.api.errors import DataError, TimetrialError
 from core.api.files import read_json, sha256, write_json
 from core.api.progress import Progress
 
+__all__ = ["Preparation", "check_manifest"]
+
 MANIFEST, NOTES = "manifest.json", ".notes"
 
 

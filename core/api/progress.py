@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any
 
+__all__ = ["Progress"]
+
 
 class Progress:
     """A line on stderr (stdout is for the result), renewed in place on a terminal, printed now and then elsewhere."""

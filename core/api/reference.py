@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = ["LAMB", "LARS", "parameter_groups", "polynomial_decay"]
+
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888) as the MLPerf reference has it

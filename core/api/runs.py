@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from core.api.errors import UsageError
 from core.api.files import read_json
 
+__all__ = ["SavedRun", "read_run"]
+
 
 @dataclass(frozen=True)
 class SavedRun:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from core.api.errors import TimetrialError
 
+__all__ = ["Spread", "processes", "race", "ratios", "rotated", "row", "spread", "table"]
+
 T = TypeVar("T")
 
 

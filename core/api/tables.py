@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterable
 
+__all__ = ["print_table"]
+
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], width: int) -> None:
     """A table on stdout, `width` characters wide where that is no terminal."""

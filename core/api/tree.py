@@ -8,6 +8,8 @@ from torch.utils import _pytree as pytree
 
 from core.api.batch import Batch
 
+__all__ = ["map_tensors", "tensors"]
+
 T = TypeVar("T")
 
 # What a step consumes besides its tensors is part of a batch's structure: captured graphs are told apart by it.

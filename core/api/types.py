@@ -45,16 +45,13 @@ __all__ = [
     "Batch",
     "Capture",
     "Command",
-    "CommandSpec",
     "Devices",
     "EvalCadence",
     "Evaluate",
     "Evidence",
     "Forward",
     "Job",
-    "Kind",
     "Launcher",
-    "LauncherSpec",
     "Layout",
     "Numerics",
     "OptSpec",
@@ -71,7 +68,6 @@ __all__ = [
     "Step",
     "StepParts",
     "Target",
-    "TrackerSpec",
     "Workload",
     "WorkloadSpec",
 ]
@@ -92,7 +88,7 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSpec:
-    """What every plugin says about itself."""
+    """What every plugin says about itself; all that a tracker, a launcher or a command says."""
 
     interface: int  # the version of the interface it was built for (`core.INTERFACE`)
     summary: str  # one line for `timetrial plugins` and the README's table
@@ -132,22 +128,6 @@ class WorkloadSpec(PluginSpec):
     serve, whatever the other keys are."""
     batch_statistics: bool = False
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackerSpec(PluginSpec):
-    """A tracker is told what happens (the hooks whose names begin with `on_`) and changes nothing: it is no part of the
-    plan's hash."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LauncherSpec(PluginSpec):
-    """A launcher starts the processes of a run; it is no part of the plan's hash."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommandSpec(PluginSpec):
-    """A command is a word after `timetrial`."""
 
 
 class Backend(Protocol):
@@ -373,7 +353,8 @@ class RunContext:
     evaluate: Callable[[], Quality] = field(init=False)
     """The evaluation of the model as it is now, as the opts made it."""
     offers: Callable[[Seam[Any], Any], Any] = field(init=False)
-    offered_feed: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
+    to_device: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
+    """The road of every batch: through the opts' transforms and the feed, one after the other and in order."""
     start_sidecar: Callable[..., Sidecar] = field(init=False)
     """`start_sidecar(name, serve, device, threads, alone=True)`: see `core.api.sidecar`."""
     figures: dict[str, Any] = field(default_factory=dict[str, Any])

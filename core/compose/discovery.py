@@ -114,12 +114,12 @@ class Registry:
 
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
-    """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
+    """Every installed plugin, or only those in `allowed` and core's own, less those in `blocked`."""
     found: dict[tuple[str, str, str], Installed] = {}
     points = metadata.entry_points()
     for kind in KINDS:
         for point in points.select(group=f"timetrial.{kind}"):
-            if point.dist is not None and (allowed is None or point.name in allowed):
+            if point.dist is not None and (allowed is None or point.name in allowed or point.dist.name == "timetrial"):
                 about = point.dist.metadata  # parsed anew each time that it is asked for
                 distribution = re.sub(r"[-_.]+", "-", about["Name"]).lower()
                 plugin = Installed(kind, point.name, point.value, distribution, about["Version"])

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.api.config import RunConfig, renamed
 from core.api.errors import PluginError
+from core.api.types import Kind
 from core.compose.discovery import GROUPS, Registry
 
 
@@ -32,7 +33,7 @@ def old_key(overrides: Iterable[str], registry: Registry, conf: Path) -> str | N
 def _schemas(key: str, given: dict[str, str], registry: Registry, conf: Path) -> Iterator[tuple[type[Any], str]]:
     """The `Config` that holds `key`, and its place; several in a sweep over a group's options."""
     group, _, rest = key.partition(".")
-    kinds = [kind for kind, its_group in GROUPS.items() if its_group == group]
+    kinds: list[Kind] = [kind for kind, its_group in GROUPS.items() if its_group == group]
     if not kinds:
         yield RunConfig, ""
         return

@@ -124,7 +124,7 @@ def build_for_training(ctx: RunContext, plan: RunPlan, hooks: Any) -> Step:
     _build_evaluation(ctx, hooks, prepared)
     seams.refuse_idle_opts()
     if ctx.config.prewarm_steps:
-        _warm_up(ctx, hooks)
+        _warm_up(ctx)
     return step
 
 
@@ -135,15 +135,11 @@ def build_for_inference(ctx: RunContext, plan: RunPlan) -> None:
     _build_evaluation(ctx, hooks, prepared)
 
 
-def batches(ctx: RunContext, hooks: Any, epoch: int, first_batch: int) -> Iterator[Batch]:
+def batches(ctx: RunContext, epoch: int, first_batch: int) -> Iterator[Batch]:
     """The rest of an epoch, on the device: the one road of a batch."""
     workload = ctx.workload
     synthetic = itertools.repeat(_first_example(ctx)) if ctx.synthetic else None
-    return _on_device(ctx, hooks, synthetic or workload.batches(epoch, first_batch), "train")
-
-
-def _on_device(ctx: RunContext, hooks: Any, stream: Iterable[Batch], purpose: Purpose) -> Iterator[Batch]:
-    return ctx.offered_feed(hooks.transform(ctx=ctx, batches=stream, purpose=purpose), purpose)
+    return ctx.to_device(synthetic or workload.batches(epoch, first_batch), "train")
 
 
 def _first_example(ctx: RunContext) -> Batch:
@@ -163,10 +159,15 @@ def _build_model(ctx: RunContext, plan: RunPlan, hooks: Any) -> tuple[torch.nn.M
     def feed(stream: Iterable[Batch], purpose: Purpose) -> Iterator[Batch]:
         return iter(stream) if on_host else map(moved, stream)
 
-    ctx.offered_feed = ctx.offer(FEED, feed)
+    offered_feed = ctx.offer(FEED, feed)
+
+    def to_device(stream: Iterable[Batch], purpose: Purpose) -> Iterator[Batch]:
+        return offered_feed(hooks.transform(ctx=ctx, batches=stream, purpose=purpose), purpose)
+
+    ctx.to_device = to_device
 
     def feed_evaluation(data: Iterable[Any]) -> Iterator[Any]:
-        return (batch.data for batch in _on_device(ctx, hooks, (Batch(one, 0) for one in data), "evaluate"))
+        return (batch.data for batch in to_device((Batch(one, 0) for one in data), "evaluate"))
 
     ctx.feed = feed_evaluation
     ctx.model = ctx.workload.build_model().to(ctx.device)
@@ -210,11 +211,11 @@ def _build_evaluation(ctx: RunContext, hooks: Any, prepared: torch.nn.Module) ->
     ctx.evaluate = evaluate
 
 
-def _warm_up(ctx: RunContext, hooks: Any) -> None:
+def _warm_up(ctx: RunContext) -> None:
     """Runs the parts of a step on an example before the clock, as the rules allow, and leaves no trace of it."""
     before = {name: tensor.clone() for name, tensor in ctx.model.state_dict().items()}
     generators = generator_states(ctx.device)
-    (batch,) = _on_device(ctx, hooks, [_first_example(ctx)], "warm_up")
+    (batch,) = ctx.to_device([_first_example(ctx)], "warm_up")
     ctx.model.train()
     for _ in range(ctx.config.prewarm_steps):
         ctx.parts.forward_backward(batch)

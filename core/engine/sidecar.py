@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import io
 import multiprocessing
 import os
 import queue
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.api.mesh import DATA, Dimension, Mesh, arrange
-from core.api.sidecar import Sidecar
+from core.api.sidecar import Sidecar, packed, unpacked
 from core.compose.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class _Order:
 def start(
     ctx: RunContext, plan: RunPlan, name: str, serve: str, device: str, threads: int, alone: bool = True
 ) -> Sidecar:
-    """Starts the helper `name` on `device` with so many CPU `threads`. `alone` makes it the only data rank, as one that
-    evaluates has to be; else it has this rank's place among the data ranks, but no connection to the others."""
+    """Starts a sidecar of the opt `name` on `device`, with that number of CPU `threads`. `alone` makes it the only data
+    rank, as one that evaluates has to be; else it has this rank's place among the data ranks, but no connection to
+    them."""
     place = Mesh(arrange([], 1)) if alone else Mesh(arrange([DATA], ctx.data_size), ctx.data_rank)
     order = _Order(plan, ctx.run_dir, ctx.seed, name, serve, device, threads, place.dimensions, place.rank)
     spawn = multiprocessing.get_context("spawn")  # not fork: this process has threads, and perhaps a GPU
@@ -85,31 +86,23 @@ def _main(order: _Order, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(variable, None)
+    requests = _arriving(pipe)
     try:
         module, _, function = order.serve.partition(":")
         answer = getattr(importlib.import_module(module), function)(_build(order))
-        _send(pipe, None, 0.0)
-        for request in iter(_arriving(pipe).get, None):
+        _reply(pipe, None)
+        while True:
+            request = unpacked(requests.get())
             started = time.perf_counter()
-            value = answer(_load(request))
-            _send(pipe, value, time.perf_counter() - started)
+            value = answer(request)
+            _reply(pipe, value, time.perf_counter() - started)
     except Exception as error:
-        _send(pipe, None, 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        _reply(pipe, None, problem=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
-def _load(request: bytes) -> Any:
-    import torch
-
-    return torch.load(io.BytesIO(request), weights_only=True, map_location="cpu")
-
-
-def _send(pipe: Connection, value: Any, seconds: float, problem: str = "") -> None:
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    pipe.send((seconds, problem))
-    pipe.send_bytes(buffer.getbuffer())
+def _reply(pipe: Connection, value: Any, seconds: float = 0.0, problem: str = "") -> None:
+    with contextlib.suppress(BrokenPipeError):  # the rank is gone: `_arriving` ends this process
+        pipe.send_bytes(packed((value, seconds, problem)))
 
 
 def _arriving(pipe: Connection) -> queue.SimpleQueue[bytes]:

@@ -143,7 +143,7 @@ class _Rank:
         self.hooks.on_run(ctx=ctx, event="start", status="running")
         watch.begin()
         try:
-            road = functools.partial(batches, ctx, self.hooks)
+            road = functools.partial(batches, ctx)
             status = train(ctx, watch, self.step, road, None if ctx.synthetic else ctx.evaluate)
             ctx.backend.synchronize()
             clock_s, ended_at = watch.seconds(), time.time()

@@ -10,13 +10,13 @@ import psutil
 from core.api.config import LaunchConfig
 from core.api.errors import EXIT_CODES, TimetrialError
 from core.api.files import write_json
-from core.api.types import Job, Launcher, LauncherSpec, Ranks
+from core.api.types import Job, Launcher, PluginSpec, Ranks
 
 
 class Local(Launcher):
     """One rank runs in this process, which makes it easy to debug; torch.distributed.run starts several."""
 
-    spec = LauncherSpec(interface=2, summary="the ranks on this machine, in place or by torch.distributed.run")
+    spec = PluginSpec(interface=2, summary="the ranks on this machine, in place or by torch.distributed.run")
     Config = LaunchConfig
     config: LaunchConfig
 

@@ -61,8 +61,9 @@ from core.api.config import LaunchConfig
 from core.api.errors import ConflictError, NotOfferedError, UsageError
 from core.api.hooks import hookimpl
 from core.api.mesh import Dimension
+from core.api.seams import LOSS, Seam
 from core.api.types import (
-    BackendSpec, Command, CommandSpec, Devices, Evidence, Launcher, LauncherSpec, OptSpec, Plugin, Ranks, TrackerSpec,
+    BackendSpec, Command, PluginSpec, Devices, Evidence, Launcher, PluginSpec, OptSpec, Plugin, Ranks, PluginSpec,
 )
 
 @dataclass(kw_only=True)

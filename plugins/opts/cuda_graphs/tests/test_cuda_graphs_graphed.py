@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.engine.worker  # noqa: F401  # registers Batch as a pytree
 from core.api.errors import UsageError
 from core.api.types import Batch
 from timetrial_cuda_graphs.cuda import refusing

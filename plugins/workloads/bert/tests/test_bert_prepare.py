@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from core.api.errors import DataError
+from core.testing.contexts import settings_that_are_prepared_with
 from timetrial_bert import prepare
+from timetrial_bert.plugin import SPEC
 from timetrial_bert.workload import BertWorkload
 
 PrepareShards = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,6 +46,23 @@ def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
     again = prepare_shards(source, out)
     assert again.returncode == 0, again.stderr
     assert contents(out) == expected
+
+
+def test_the_spec_names_the_settings_that_shards_are_made_with(source: Path, tmp_path: Path) -> None:
+    settings = ("vocab_file=null", "vocab_size=150", "shard_mib=0.001", "held_out=0.2")
+    assert settings_that_are_prepared_with(source, tmp_path / "out", "bert", *settings) == SPEC.preparation
+
+
+def test_finished_shards_serve_another_training_and_no_other_preparation(
+    prepare_shards: PrepareShards, source: Path, prepared: Path
+) -> None:
+    before = contents(prepared)
+    training = ("workload.global_batch_size=8", "workload.dropout=0.3", "workload.eval.batch_size=5")
+    assert prepare_shards(source, prepared, *training).returncode == 0
+    refused = prepare_shards(source, prepared, *training, "workload.sequence_length=32")
+    assert refused.returncode == 2
+    assert "begun with another workload.sequence_length (64, now 32)" in refused.stderr
+    assert contents(prepared) == before
 
 
 def test_broken_and_empty_files_are_named_and_may_be_passed_over(

@@ -18,6 +18,8 @@ import torch
 
 from core.api.errors import DataError
 from core.testing.cli import run_cli
+from core.testing.contexts import settings_that_are_prepared_with
+from timetrial_rnnt.plugin import SPEC
 from timetrial_rnnt.workload import RnntWorkload
 
 MakeWorkload = Callable[..., RnntWorkload]
@@ -63,6 +65,22 @@ def test_the_same_bytes_come_out_again_in_parallel_and_after_a_kill(
     process.wait()
     assert prepare_speech(source, out).returncode == 0
     assert manifest(out)["files"] == manifest(prepared)["files"]
+
+
+def test_the_spec_names_the_settings_that_speech_is_prepared_with(source: Path, tmp_path: Path) -> None:
+    assert settings_that_are_prepared_with(source, tmp_path, "rnnt_mlperf", "vocab_size=16") == SPEC.preparation
+
+
+def test_finished_speech_serves_another_training_and_no_other_preparation(
+    prepare_speech: PrepareSpeech, source: Path, prepared: Path
+) -> None:
+    before = manifest(prepared)
+    training = ("workload.global_batch_size=8", "workload.ema=0", "workload.eval.batch_size=5")
+    assert prepare_speech(source, prepared, *training).returncode == 0
+    refused = prepare_speech(source, prepared, *training, "workload.max_duration=0.8")
+    assert refused.returncode == 2
+    assert "begun with another workload.max_duration (16.7, now 0.8)" in refused.stderr
+    assert manifest(prepared) == before
 
 
 def spoil(folder: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from core.api.errors import UsageError
+from core.api.tree import map_tensors, tensors
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records the work of a function without doing it. Returns what does the work, each time anew, and the function's
@@ -77,11 +78,11 @@ def signature(tree: Any) -> tuple[list[Tensor], Hashable]:
     """The tensors of a pytree, and all that a recording takes as fixed: the tree's structure (for a `Batch` with its
     samples and weight), each tensor's shape, dtype and device, and every leaf that is no tensor."""
     leaves, structure = pytree.tree_flatten(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     fixed = (
         (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
     )
-    return tensors, (structure, *fixed)
+    return found, (structure, *fixed)
 
 
 class Graphed:
@@ -118,7 +119,7 @@ class Graphed:
 
     def __call__(self, tree: Any) -> Any:
         start = time.perf_counter()
-        tensors, key = signature(tree)
+        inputs, key = signature(tree)
         key = (key, self.mode())
         graph = self._graphs.get(key)
         reason = self._why_eager(key, graph)
@@ -128,10 +129,10 @@ class Graphed:
             graph = self._record(tree, key)
             start = time.perf_counter()
         self._graphs.move_to_end(key)
-        if tensors:
-            torch._foreach_copy_(graph.inputs, tensors)
+        if inputs:
+            torch._foreach_copy_(graph.inputs, inputs)
         graph.replay()
-        outputs = pytree.tree_map_only(Tensor, Tensor.clone, graph.outputs)
+        outputs = map_tensors(Tensor.clone, graph.outputs)
         self.seen.replays += 1
         self.seen.replay_s.append(time.perf_counter() - start)
         return outputs
@@ -169,8 +170,7 @@ class Graphed:
         return outputs
 
     def _record(self, tree: Any, key: Hashable) -> _Graph:
-        static = pytree.tree_map_only(Tensor, Tensor.clone, tree)
-        inputs = [leaf for leaf in pytree.tree_leaves(static) if isinstance(leaf, Tensor)]
+        static = map_tensors(Tensor.clone, tree)
         replay, outputs = self.capture(lambda: self.step(static))
         known = (Tensor, int, float, str, type(None))
         opaque = [leaf for leaf in pytree.tree_leaves(outputs) if not isinstance(leaf, known)]
@@ -179,8 +179,8 @@ class Graphed:
                 f"opt 'cuda_graphs' cannot copy a {type(opaque[0]).__name__} out of a graph: let the step return "
                 "tensors in dictionaries, lists and tuples, or leave it out"
             )
-        detached = pytree.tree_map_only(Tensor, Tensor.detach, outputs)  # lets go of the autograd graph
-        graph = self._graphs[key] = _Graph(self.seen.captured, inputs, replay, detached)
+        detached = map_tensors(Tensor.detach, outputs)  # lets go of the autograd graph
+        graph = self._graphs[key] = _Graph(self.seen.captured, tensors(static), replay, detached)
         self.seen.captured += 1
         # Only now: recording has waited for the device, so that the graph to go is not in use.
         if len(self._graphs) > self.max_graphs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from core.api.errors import TimetrialError
 from core.api.hooks import hookimpl
-from core.api.types import Plugin, Position, RunContext, TrackerSpec
+from core.api.types import Plugin, PluginSpec, Position, RunContext
 
 if TYPE_CHECKING:
     from mlperf_logging.mllog.mllog import MLLogger
@@ -27,7 +27,7 @@ class MlperfConfig:
 class MlperfLog(Plugin):
     """Writes result_0.txt on rank 0. A resumed run goes on with the log as it was at its checkpoint."""
 
-    spec = TrackerSpec(interface=2, summary="the official MLPerf log, for MLCommons' checkers")
+    spec = PluginSpec(interface=2, summary="the official MLPerf log, for MLCommons' checkers")
     Config = MlperfConfig
 
     _mllog: MLLogger | None = None

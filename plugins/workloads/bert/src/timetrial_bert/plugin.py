@@ -21,7 +21,11 @@ SPEC = WorkloadSpec(
     interface=2,
     summary="BERT masked-LM pre-training: Wikipedia articles from a wheel, MLPerf's phase 2",
     benchmark="bert",
-)
+    preparation=frozenset({
+        "duplicates", "held_out", "lower_case", "masked_share", "masking", "max_predictions", "sequence_length",
+        "shard_mib", "short_probability", "vocab_file", "vocab_size",
+    }),
+)  # fmt: skip
 
 
 class Bert(Plugin):

@@ -21,6 +21,7 @@ SPEC = WorkloadSpec(
     interface=2,
     summary="Mask R-CNN detection and segmentation: scenes of handwritten digits, COCO",
     benchmark="maskrcnn",
+    preparation=frozenset({"eval_split", "train_split"}),
 )
 
 

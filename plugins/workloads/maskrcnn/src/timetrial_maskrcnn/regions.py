@@ -19,9 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from core.api.seams import Seam
 from timetrial_maskrcnn import seams
-
-MIN_SIDE = 1e-3
-"""Pixels. Narrower boxes are dropped, as in torchvision."""
+from timetrial_maskrcnn.seams import MIN_SIDE
 
 
 @dataclass(frozen=True)

@@ -21,3 +21,6 @@ DETECTIONS: Seam[Callable[..., Three]] = Seam("maskrcnn.detections")
 
 MASKS: Seam[Callable[[Tensor, Tensor, int, int], list[dict[str, Any]]]] = Seam("maskrcnn.masks")
 """Mask probabilities of one image's boxes as run-length encoded masks; see `timetrial_maskrcnn.evaluation.masks`."""
+
+MIN_SIDE = 1e-3
+"""Pixels. Narrower boxes are neither proposals nor detections, as in torchvision."""

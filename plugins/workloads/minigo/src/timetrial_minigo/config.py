@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from core.api.config import EvalConfig, checked
+from core.api.errors import UsageError
 
 
 @dataclass(kw_only=True)
@@ -23,7 +24,7 @@ class MiniGoConfig:
     suicide: bool
     """Whether a chain of two or more stones may take its own last liberty."""
     move_limit: int = checked(at_least=1)
-    """A game with so many moves ends, and is scored as it stands."""
+    """A game ends after this number of moves, and is scored as it stands."""
 
     history: int = checked(at_least=1, at_most=8)
     """Positions that the network sees: the present one and those before it."""
@@ -41,7 +42,7 @@ class MiniGoConfig:
     parallel_games: int = checked(at_least=1)
     """Of a rank, played side by side."""
     selfplay_opening: int = checked(at_least=0)
-    """A game of self-play begins with 1 to so many random stones; 0: with an empty board."""
+    """Most random stones that a game of self-play begins with (1 to this number); 0: an empty board."""
     simulations: int = checked(at_least=1)
     """Descents of the search for each move (readouts)."""
     method: str = checked(choices=("puct", "gumbel"))
@@ -59,7 +60,7 @@ class MiniGoConfig:
     random_symmetry: bool
     """The search shows the network each position under one of the board's eight symmetries, drawn at random."""
     soft_moves: int = checked(at_least=0)
-    """So many moves of a game are drawn from the visits to the power of `soft_exponent`; later ones are the best."""
+    """The first moves of a game, drawn from the visits to the power of `soft_exponent`; later ones are the best."""
     soft_exponent: float = checked(above=0)
     resign_threshold: float = checked(at_least=-1, at_most=0)
     """A player resigns whose search values the position below this; -1: never."""
@@ -105,4 +106,28 @@ class MiniGoConfig:
     uct_c: float = checked(above=0)
     """opponent=open_spiel: its exploration constant."""
     save_games: int = checked(at_least=0)
-    """So many games of each evaluation are kept in the run folder, as SGF."""
+    """Games of each evaluation that are kept in the run folder, as SGF."""
+
+
+def refuse_contradictions(config: MiniGoConfig) -> None:
+    """UsageError for settings that do not go together."""
+    batch = config.global_batch_size
+    if config.epoch_examples % batch:
+        multiple = -(-config.epoch_examples // batch) * batch
+        what = f"workload.epoch_examples={config.epoch_examples} is not a multiple of workload.global_batch_size"
+        raise UsageError(f"{what}: try {multiple}")
+    rates, steps = config.learning_rates, config.learning_rate_steps
+    if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
+        what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
+        raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
+    if config.eval.batch_size is not None:
+        raise UsageError("workload.eval.batch_size: the games of an evaluation are played side by side; leave it null")
+    if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
+        raise UsageError(
+            f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"
+        )
+    if config.suicide and config.opponent == "open_spiel":
+        raise UsageError("open_spiel forbids suicide: set workload.suicide=false, or workload.opponent=checkpoint")
+    if config.method == "gumbel" and (config.soft_moves or config.virtual_losses > 1 or config.reuse_tree):
+        what = "workload.method=gumbel draws its moves itself and counts every visit"
+        raise UsageError(f"{what}: set workload.soft_moves=0 workload.virtual_losses=1 workload.reuse_tree=false")

@@ -19,8 +19,8 @@ from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target,
 from timetrial_minigo import features, gating, network, sgf
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose, Game, OpenSpiel, play_match
-from timetrial_minigo.replay import Examples, Window, exchange
-from timetrial_minigo.seams import GENERATION, PLAYOUTS
+from timetrial_minigo.replay import Window, exchange
+from timetrial_minigo.seams import FIGURE, GENERATION, PLAYOUTS, Examples
 from timetrial_minigo.search import Evaluate, SearchSettings
 from timetrial_minigo.selfplay import SelfPlay, SelfPlaySettings
 
@@ -38,7 +38,6 @@ class MiniGoWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: MiniGoConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        _refuse_contradictions(config)
         self.targets = [Target(METRIC, config.targets[METRIC])]
         self.eval_cadence = eval_cadence(config.eval)
         self.capture = Capture(step=True)
@@ -63,9 +62,7 @@ class MiniGoWorkload:
         config = self.config
         if config.opponent != "checkpoint":
             return
-        if not config.target_checkpoint:
-            what = "workload.target_checkpoint is not set, and workload.opponent=checkpoint plays against it"
-            raise UsageError(f"{what}: give the folder of a finished run of this workload, or a safetensors file")
+        assert config.target_checkpoint  # `check` refuses a run without
         self._target = network.read(Path(config.target_checkpoint).expanduser()).to(self.ctx.device)
         board = self._target.sizes.board
         if board != config.size:
@@ -111,7 +108,7 @@ class MiniGoWorkload:
         with torch.no_grad():
             played = self._selfplay.play(generation, self.config.games, mine, self.playouts)
         self.ctx.model.train()
-        self.ctx.figures["selfplay"] = dict(self._selfplay.counts)
+        self.ctx.figures[FIGURE] = self._selfplay.counts.copy()
         return played
 
     def all_alike(self, generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
@@ -128,8 +125,10 @@ class MiniGoWorkload:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        self.generation = self.ctx.offer(GENERATION, self.play_share)
-        self.playouts = self.ctx.offer(PLAYOUTS, self.all_alike)
+        self.generation, self.playouts = self.play_share, self.all_alike
+        if not self.ctx.synthetic:  # on synthetic data nobody plays
+            self.generation = self.ctx.offer(GENERATION, self.play_share)
+            self.playouts = self.ctx.offer(PLAYOUTS, self.all_alike)
         sizes = network.Sizes(
             board=config.size,
             history=config.history,
@@ -247,29 +246,6 @@ class MiniGoWorkload:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.window.load_state_dict(state["window"])
-
-
-def _refuse_contradictions(config: MiniGoConfig) -> None:
-    """UsageError for settings that do not go together."""
-    batch = config.global_batch_size
-    if config.epoch_examples % batch:
-        multiple = -(-config.epoch_examples // batch) * batch
-        raise UsageError(f"workload.epoch_examples={config.epoch_examples} is no multiple of the batch: try {multiple}")
-    rates, steps = config.learning_rates, config.learning_rate_steps
-    if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
-        what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
-        raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
-    if config.eval.batch_size is not None:
-        raise UsageError("workload.eval.batch_size: the games of an evaluation are played side by side; leave it null")
-    if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
-        raise UsageError(
-            f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"
-        )
-    if config.suicide and config.opponent == "open_spiel":
-        raise UsageError("open_spiel forbids suicide: set workload.suicide=false, or workload.opponent=checkpoint")
-    if config.method == "gumbel" and (config.soft_moves or config.virtual_losses > 1 or config.reuse_tree):
-        what = "workload.method=gumbel draws its moves itself and counts every visit"
-        raise UsageError(f"{what}: set workload.soft_moves=0 workload.virtual_losses=1 workload.reuse_tree=false")
 
 
 def search_settings(config: MiniGoConfig, simulations: int) -> SearchSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from core.api.config import require_root
@@ -12,7 +13,7 @@ from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
     from core.api.preparation import Preparation
-    from core.api.types import Evaluate, Forward, Plan, RunContext
+    from core.api.types import Evaluate, Forward, Plan, Quality, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
 
@@ -22,6 +23,7 @@ SPEC = WorkloadSpec(
     interface=2,
     summary="RNN-T speech recognition: spoken digits, or LibriSpeech as in MLPerf's closed rules",
     benchmark="rnnt",
+    preparation=frozenset({"eval_folder", "max_duration", "sentencepiece_model", "tokens", "vocab_size"}),
 )
 
 
@@ -62,7 +64,7 @@ class Rnnt(Plugin):
             parts.update()
             average.update()
 
-        return StepParts(parts.forward_backward, update)
+        return replace(parts, update=update)
 
     @hookimpl(wrapper=True)  # the workload is outermost: an opt may gather sharded weights inside
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
@@ -70,7 +72,7 @@ class Rnnt(Plugin):
         evaluate = yield
         average = ctx.workload.average  # pyright: ignore[reportAttributeAccessIssue]
 
-        def evaluate_average(infer: Forward) -> dict[str, float]:
+        def evaluate_average(infer: Forward) -> Quality:
             with average.in_place():
                 return evaluate(infer)
 

@@ -15,3 +15,7 @@ if TYPE_CHECKING:
 TRANSDUCER_LOSS: Seam[TransducerLoss] = Seam("rnnt.loss")
 """`loss(joint, encoded, predicted, labels, encoded_lengths, label_lengths)`, the joint network included; see
 `timetrial_rnnt.loss.transducer_loss`."""
+
+JOINT = "joint"
+"""Name of the joint network in the model: it has the modules `dropout` and `output` (linear, with bias), and the number
+`blank` of the blank symbol."""
