@@ -1,4 +1,4 @@
-"""What only a GPU can show: copies and updates on streams of their own."""
+"""What only a GPU can show: copies and updates on separate streams."""
 
 from __future__ import annotations
 

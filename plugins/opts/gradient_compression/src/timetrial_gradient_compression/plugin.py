@@ -42,7 +42,6 @@ class GradientCompression(Plugin):
         requires=frozenset({"multi_rank"}),
         numerics="changes",
         claims=frozenset({"gradient_exchange.hook"}),
-        conflicts={"fsdp": "it exchanges gradients itself, not through DistributedDataParallel"},
         replaces=frozenset({GRADIENT_EXCHANGE}),
     )
     Config = GradientCompressionConfig

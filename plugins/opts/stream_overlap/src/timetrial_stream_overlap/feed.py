@@ -50,8 +50,8 @@ class Feed:
     """Replaces `plain`: hands out the same batches in the same order, up to `depth` of them ahead of the consumer.
 
     One thread consumes the iterable. It ends with the iterable, or as soon as the iterator is closed or dropped; what
-    the iterable raises is raised in its place. On an accelerator the batches are page-locked and then moved on a stream
-    of their own; the consumer's stream waits for that, the consumer's thread does not.
+    the iterable raises is raised in its place. On an accelerator the batches are page-locked and then moved on a
+    separate stream; the consumer's stream waits for that, the consumer's thread does not.
     """
 
     def __init__(self, plain: PlainFeed, device: torch.device, depth: int) -> None:

@@ -246,7 +246,7 @@ class StreamOverlap(Plugin):
         if ctx.device.type == "cpu":
             parts.append(Part("copies", "a CPU reads batches where they are"))
         elif self.config.copies:
-            parts.append(Part("copies", "from page-locked memory, on a stream of their own", copied.busy > 0, copied))
+            parts.append(Part("copies", "from page-locked memory, on a separate stream", copied.busy > 0, copied))
         if not self.config.evaluation:
             return [*parts, Part("evaluation", OFF)]
         return [*parts, Part("evaluation", evaluation.words, evaluation.ready > 0)]

@@ -95,7 +95,7 @@ class BackwardUpdates:
                 parameter.register_post_accumulate_grad_hook(note)
 
     def _update_beside(self, parameters: Sequence[nn.Parameter]) -> None:
-        """On a stream of its own, where there are streams."""
+        """On a separate stream, where there are streams."""
         if self._stream is not None:
             self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream or nullcontext():
