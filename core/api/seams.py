@@ -72,5 +72,15 @@ GRADIENT_EXCHANGE: Seam[tuple[Any, Callable[..., Any]] | None] = Seam("core.grad
 gradients itself, instead of acting on what another one exchanges, also claims "gradient_exchange.hook"."""
 
 TENSOR_PLAN: Seam[Mapping[str, str]] = Seam("core.tensor_plan")
-"""How a workload's linear layers may be split over ranks. Keys are names of submodules, in which `*` stands for any
-number; values are "column" (outputs are split) or "row" (inputs are split, results are summed)."""
+"""How the layers of a workload's model may be split over ranks that work on the same examples. Name -> what is done to
+it. Names are those of submodules (of an attribute for "divide"), in which a part between dots may be a pattern, such as
+"encoder.layer.*.attention.self.query".
+
+- "column", of an `nn.Linear`: its output features are split; the input is whole.
+- "row", of an `nn.Linear`: its input features are split, as a column-wise layer leaves them; the output is whole.
+- "random", of a module that draws random numbers for activations that are split, such as a dropout between the two:
+  each rank draws its own, which are not those that one rank would draw. Modules that are not named draw the same on
+  each rank, and the same as one rank. Only for a dropout above 0: it costs some microseconds.
+- "divide", of an integer attribute that counts what is split, such as the number of heads. It makes sure that each rank
+  gets a whole number of them.
+"""

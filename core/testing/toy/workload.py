@@ -46,7 +46,7 @@ class ToyWorkload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.ctx.seed_for("init"))
             c = self.config
-            self.ctx.offer(TENSOR_PLAN, {"0": "column", "3": "row"})
+            self.ctx.offer(TENSOR_PLAN, {"0": "column", "3": "row"} | ({"2": "random"} if c.dropout else {}))
             return nn.Sequential(
                 nn.Linear(c.features, c.hidden), nn.ReLU(), nn.Dropout(c.dropout), nn.Linear(c.hidden, c.classes)
             )

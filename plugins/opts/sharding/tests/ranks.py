@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from core.api.errors import PluginError, UsageError
+from core.api.errors import ConflictError, PluginError, UsageError
 from core.api.reference import LAMB, LARS, parameter_groups
 from timetrial_sharding.fsdp import ShardedModel
-from timetrial_sharding.layout import Layout, held, local_parts
+from timetrial_sharding.layout import SplitLayout, held
 from timetrial_sharding.tensor import parallelize
 
 VOCABULARY, HIDDEN, HEADS, INNER = 13, 12, 4, 22  # some parts of a shard are unequal: 13 rows, and 11 of the inner size
@@ -108,15 +108,14 @@ class Trainer:
         self.model = network()
         self.forward: nn.Module = self.model
         self.data_rank, self.data_size = 0, 1
-        self.layout: Layout | None = None
+        self.layout: SplitLayout | None = None
         self.sharded: ShardedModel | None = None
-        if mesh is not None:
-            self._distribute(mesh)
+        splits = {} if mesh is None else self._distribute(mesh)
         self.optimizer = OPTIMIZERS[optimizer](self.model)
-        if self.layout is not None:
-            self.layout.optimize_views(self.optimizer)
+        if mesh is not None:
+            self.layout = SplitLayout(self.model, self.optimizer, mesh, splits)
 
-    def _distribute(self, mesh: DeviceMesh) -> None:
+    def _distribute(self, mesh: DeviceMesh) -> dict[str, int]:
         names = mesh.mesh_dim_names or ()
         splits = parallelize(self.model, mesh["tensor"], PLAN) if "tensor" in names else {}
         data = tuple(name for name in names if name != "tensor")
@@ -127,7 +126,7 @@ class Trainer:
         for name in data:
             self.data_rank = self.data_rank * mesh[name].size() + mesh.get_local_rank(name)
             self.data_size *= mesh[name].size()
-        self.layout = Layout(self.model, mesh, splits)
+        return splits
 
     def step(self, number: int) -> float:
         """The mean loss of the whole batch, before the update."""
@@ -144,7 +143,7 @@ class Trainer:
     def states(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.layout is None:
             return self.model.state_dict(), self.optimizer.state_dict()
-        return self.layout.model_state(), self.layout.optimizer_state(self.optimizer)
+        return self.layout.model_state(), self.layout.optimizer_state()
 
     def load(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
         if self.layout is None:
@@ -152,7 +151,7 @@ class Trainer:
             self.optimizer.load_state_dict(optimizer)
         else:
             self.layout.load_model_state(model)
-            self.layout.load_optimizer_state(self.optimizer, optimizer)
+            self.layout.load_optimizer_state(optimizer)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -189,7 +188,7 @@ def trains_saves_and_resumes_as_one_rank(optimizer: str, mesh: DeviceMesh) -> No
     resumed.step(77)  # so that everything is overwritten
     resumed.load(*states)
     assert_alike(resumed.states(), states, 0.0)
-    for a, b in zip(local_parts(mine.model.parameters()), local_parts(resumed.model.parameters()), strict=True):
+    for a, b in zip(mine.layout.local_parameters(), resumed.layout.local_parameters(), strict=True):
         assert torch.equal(a, b)
     alone.load(*states)
     assert_alike(alone.states(), states, 0.0)
@@ -220,7 +219,7 @@ def ranks_of_a_tensor_group_stay_the_same_bit_for_bit(mesh: DeviceMesh) -> None:
     for step in range(3):
         mine.step(step)
     whole = [mine.model.embedding.weight, mine.model.layer[0].norm.weight, mine.model.layer[0].attended.bias]
-    for tensor in local_parts(whole):
+    for tensor in (p.to_local() if isinstance(p, DTensor) else p for p in whole):
         everyone = [torch.empty_like(tensor) for _ in range(2)]
         dist.all_gather(everyone, tensor.detach(), group=mesh.get_group("tensor"))
         assert torch.equal(*everyone)
@@ -290,11 +289,15 @@ def a_plan_that_does_not_fit_is_refused(mesh: DeviceMesh) -> None:
         ({"layer.0.query": "columns"}, PluginError, "the style 'columns': use one of column, row, random, divide"),
         ({"decoder": "column"}, PluginError, "decoder.weight, which is tied to embedding.weight"),
         ({"layer.0.missing": "divide"}, PluginError, "layer.0.missing, which is None, not an integer"),
-        ({"2": "column"}, UsageError, "dimension 0 of 2.weight is 5, which cannot be split over 2"),
+        ({"2": "column"}, UsageError, "dimension 0 of 2.weight is 5, which cannot be split over 2 ranks"),
     ):
         model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 5)) if "2" in plan else network()
         with pytest.raises(error, match=re.escape(words)):
             parallelize(model, mesh["tensor"], plan)
+    model = network()
+    model.layer[0].query.forward = lambda x: x
+    with pytest.raises(ConflictError, match=r"layer\.0\.query, whose forward another opt has replaced"):
+        parallelize(model, mesh["tensor"], PLAN)
 
 
 def compiles(mesh: DeviceMesh) -> None:

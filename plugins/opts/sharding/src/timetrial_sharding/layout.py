@@ -26,26 +26,45 @@ logging.getLogger("torch.distributed.tensor._redistribute").addFilter(
 )
 
 
-class Layout:
-    """Made once the model is split and before it runs. Every method that reads or writes a whole state is called by all
-    ranks of the mesh together, and gives each of them the whole.
+class SplitLayout:
+    """A `core.api.types.Layout`. Made once the model is split, and the optimizer made, and before either runs.
 
-    `splits` is what `tensor.parallelize` returned; empty, and without a dimension "tensor" in the mesh, where the model
-    is sharded only.
+    `mesh` is the whole one, with all its named dimensions. `splits` is what `tensor.parallelize` returned; None where
+    the model is sharded only.
+
+    Where there are `splits`, some of the model's parameters are parts and others whole, and an optimizer could not tell
+    which. It is then given DTensors in their place that share their memory, so that its norms over a parameter, or over
+    all of them, are those of the whole. Gradients are still found at the model's parameters, and `optimizer.zero_grad`
+    clears them there.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, splits: Mapping[str, int] | None = None) -> None:
-        self.model, self._splits = model, dict(splits or {})
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: DeviceMesh,
+        splits: Mapping[str, int] | None = None,
+    ) -> None:
+        assert not optimizer.state, "the optimizer has stepped already"
+        self.model, self.optimizer, self._splits = model, optimizer, dict(splits or {})
         self._mesh = _tensor_first(mesh) if self._splits else None
         self._reshard()
         named = dict(model.named_parameters())
         # FSDP2 exchanges a module's parameters while they are gathered: these objects are the ones that last.
         self._parameters = {parameter: name for name, parameter in named.items()}
+        if self._splits:
+            self._optimize_views()
 
     def parameters(self) -> Iterator[Tensor]:
         """Each parameter as a DTensor where the layout splits anything, sharing this rank's memory."""
         for parameter, name in self._parameters.items():
             yield self._view(name, parameter.detach())
+
+    def local_parameters(self) -> Iterator[Tensor]:
+        """What this rank holds of each, as plain tensors that share its memory. Nothing is communicated."""
+        for parameter in self._parameters:
+            held = parameter.detach()
+            yield held.to_local() if isinstance(held, DTensor) else held
 
     def model_state(self) -> dict[str, Any]:
         """The model's state dict with whole tensors, named as without a layout; a tied parameter under each name."""
@@ -58,17 +77,8 @@ class Layout:
         mine = self.model.state_dict()
         self.model.load_state_dict({name: self._part(name, value, mine.get(name)) for name, value in state.items()})
 
-    def optimize_views(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives `optimizer`, which was made for the model's parameters and has not stepped yet, DTensors in their place
-        that share their memory. Then its norms over a parameter or over all of them are those of the whole.
-
-        It is needed where the model is split over "tensor": some of its parameters are then parts and others whole, and
-        an optimizer could not tell which. After it, gradients are still found at the model's parameters, and
-        `optimizer.zero_grad` clears them there.
-        """
-        if self._mesh is None:
-            return
-        assert not optimizer.state, "the optimizer has stepped already"
+    def _optimize_views(self) -> None:
+        optimizer = self.optimizer
         views = {p: nn.Parameter(self._view(name, p.detach()), p.requires_grad) for p, name in self._parameters.items()}
         for group in optimizer.param_groups:
             group["params"] = [views[parameter] for parameter in group["params"]]
@@ -89,16 +99,16 @@ class Layout:
         optimizer.register_step_pre_hook(give_gradients)
         optimizer.zero_grad = zero_grad
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state dict with whole tensors, as that of one rank."""
-        return pytree.tree_map_only(DTensor, DTensor.full_tensor, optimizer.state_dict())
+        return pytree.tree_map_only(DTensor, DTensor.full_tensor, self.optimizer.state_dict())
 
-    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Loads what `optimizer_state` gives, from this layout, another one or none."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         numbered = state["state"].items()
         cut = {n: {key: _cut(value, parameters[n]) for key, value in own.items()} for n, own in numbered}
-        optimizer.load_state_dict({**state, "state": cut})
+        self.optimizer.load_state_dict({**state, "state": cut})
 
     def _reshard(self) -> None:
         for shard in shards(self.model):
@@ -153,12 +163,6 @@ def _cut(whole: Any, like: Any) -> Any:
     if not isinstance(whole, Tensor) or not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def local_parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What this rank holds of each, as plain tensors that share its memory. Nothing is communicated."""
-    for tensor in tensors:
-        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass

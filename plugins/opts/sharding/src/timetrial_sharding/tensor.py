@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,28 +27,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.nn import functional as F
 
-from core.api.errors import PluginError, UsageError
-
-Plan = Mapping[str, str]
-"""Name -> what is done to it: "column", "row", "random" or "divide". Names are those of submodules (of an attribute for
-"divide"), in which a part between dots may be a pattern: "encoder.layer.*.attention.self.query".
-
-- "column", of an `nn.Linear`: its output features are split; the input is whole.
-- "row", of an `nn.Linear`: its input features are split, as a column-wise layer leaves them; the output is whole.
-- "random", of a module that draws random numbers for activations that are split, such as a dropout between the two:
-  each rank draws its own, which are not those that one rank would draw. Modules that are not named draw the same on
-  each rank of the group, and the same as one rank. Only for a dropout above 0: it costs some microseconds.
-- "divide", of an integer attribute that counts what is split, such as the number of heads. It makes sure that each rank
-  gets a whole number of them.
-"""
+from core.api.errors import ConflictError, PluginError, UsageError
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> dict[str, int]:
+def parallelize(model: nn.Module, mesh: DeviceMesh, plan: Mapping[str, str]) -> dict[str, int]:
     """Splits `model` in place over the one dimension of `mesh`, and returns name -> dimension of each parameter split.
 
-    Every rank must hold the same whole model; nothing is communicated. It comes before FSDP2, DistributedDataParallel
-    and the optimizer, which are then given the parts. PluginError where the plan does not fit the model, UsageError
-    where a size is not divisible by the number of ranks.
+    `plan` is what a workload offers at `core.api.seams.TENSOR_PLAN`. Every rank must hold the same whole model; nothing
+    is communicated. It comes before FSDP2, DistributedDataParallel and the optimizer, which are then given the parts.
+    PluginError where the plan does not fit the model, ConflictError where another opt has replaced the `forward` of a
+    layer, UsageError where a size is not divisible by the number of ranks.
     """
     splits: dict[str, int] = {}
     for pattern, style in plan.items():
@@ -84,7 +73,7 @@ class RowLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features / ranks] -> [..., out_features], the same on each rank"""
         output = _Sum.apply(F.linear(input, self.weight), self.group)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)  # which autocast may have narrowed
 
 
 class _SumGradients(torch.autograd.Function):
@@ -112,7 +101,35 @@ class _Sum(torch.autograd.Function):
         return grads[0], None
 
 
+@dataclass
+class Sums:
+    """Sums over a tensor group: how many, and of how many bytes on each rank."""
+
+    count: int = 0
+    bytes: int = 0
+    compiled: bool = False
+    """Whether torch.compile has taken some in; those are not counted."""
+
+    def since(self, before: Sums) -> Sums:
+        return Sums(self.count - before.count, self.bytes - before.bytes, self.compiled)
+
+
+SUMS = Sums()
+"""All of this process."""
+
+
+@torch.compiler.assume_constant_result
+def _note_compiled() -> None:
+    """Called while the compiler traces, never by what it makes."""
+    SUMS.compiled = True
+
+
 def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        _note_compiled()
+    else:
+        SUMS.count += 1
+        SUMS.bytes += part.nbytes
     # Not dist.all_reduce: torch.compile loses that one where it is in the backward pass of a Function.
     return funcol.wait_tensor(funcol.all_reduce(part, "sum", group))
 
@@ -203,6 +220,9 @@ def _check(model: nn.Module, name: str, dims: Mapping[str, int], size: int) -> N
     module = model.get_submodule(name)
     if dims and type(module) is not nn.Linear:
         raise PluginError(f"the tensor-parallel plan splits {name}, a {type(module).__name__}: it can split nn.Linear")
+    if dims and "forward" in vars(module):  # which would go on to compute with the whole layer
+        what = f"opt 'tensor_parallel' cannot split {name}, whose forward another opt has replaced"
+        raise ConflictError(f"{what}, as 'activation_checkpointing' does; leave one of the two out")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for parameter, dim in dims.items():
         mine = _parameter(model, parameter)
@@ -221,6 +241,5 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def _check_divisible(what: str, size: int, ranks: int) -> None:
     if size % ranks:
-        raise UsageError(
-            f"{what} is {size}, which cannot be split over {ranks} tensor-parallel ranks: use a divisor of it"
-        )
+        problem = f"{what} is {size}, which cannot be split over {ranks} ranks"
+        raise UsageError(f"{problem}: set opt.tensor_parallel.degree to a divisor of it")

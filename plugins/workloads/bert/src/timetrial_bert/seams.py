@@ -5,7 +5,7 @@ A batch, as it is offered to the opts' `transform`, is described in `timetrial_b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.api.seams import Seam
@@ -28,3 +28,19 @@ PADDED = frozenset(
 
 IGNORED = -100
 """Label of a prediction that does not exist: it fills up rows with fewer predictions than there is room for."""
+
+_LAYER = "network.bert.encoder.layer.*"
+TENSOR_PARALLEL: Mapping[str, str] = {
+    f"{_LAYER}.attention.self.num_attention_heads": "divide",
+    f"{_LAYER}.attention.self.query": "column",
+    f"{_LAYER}.attention.self.key": "column",
+    f"{_LAYER}.attention.self.value": "column",
+    f"{_LAYER}.attention.output.dense": "row",
+    f"{_LAYER}.intermediate.dense": "column",
+    f"{_LAYER}.output.dense": "row",
+}
+"""What is offered at `core.api.seams.TENSOR_PLAN`: each rank computes some of the heads, and some of the inner features
+of the feed-forward part (Shoeybi et al. 2019, arXiv:1909.08053, section 3)."""
+
+TENSOR_PARALLEL_DROPOUT: Mapping[str, str] = {f"{_LAYER}.attention.self": "random"}
+"""The same with dropout: that of the attention is drawn for each head, all other for whole hidden states."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
 from core.api.reference import LAMB, parameter_groups
+from core.api.seams import TENSOR_PLAN
 from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
 from timetrial_bert.batch import collate
 from timetrial_bert.schedule import Schedule
-from timetrial_bert.seams import ENCODER, IGNORED, MLM_LOSS
+from timetrial_bert.seams import ENCODER, IGNORED, MLM_LOSS, TENSOR_PARALLEL, TENSOR_PARALLEL_DROPOUT
 
 if TYPE_CHECKING:
     from timetrial_bert.config import BertConfig
@@ -127,6 +128,7 @@ class BertWorkload:
         )
         encode = self.ctx.offer(ENCODER, model.encode)
         mlm_loss = self.ctx.offer(MLM_LOSS, model.mlm_loss)
+        self.ctx.offer(TENSOR_PLAN, {**TENSOR_PARALLEL, **(TENSOR_PARALLEL_DROPOUT if config.dropout else {})})
         built = model.PreTraining(network, encode, mlm_loss)
         model.initialise(built, torch.Generator().manual_seed(self.ctx.seed_for("init")))
         if config.init_checkpoint and not self.ctx.synthetic:
