@@ -17,8 +17,10 @@ from typing import cast
 
 import torch
 
+from core.api.mesh import Mesh
 from core.api.types import OptSpec
 from core.compose.discovery import Installed, discover
+from core.compose.plan import RunPlan
 from core.testing.cli import Outcome, run_ranks
 
 RANKS = 4
@@ -58,16 +60,19 @@ def try_composition(
     """Runs `workload` (overrides that choose and shrink it, and `stop.steps`) with `opts` on the CPU and judges it.
 
     `settings` holds what single opts need, such as `opt.sharp.ranks_per_node=2`. Where all opts keep the numbers, the
-    losses must equal the baseline's within `rtol`; where all keep the bits, so must the parameters'.
+    losses must equal the baseline's within `rtol`; where all keep the bits, so must the parameters'. The baseline has
+    as many data ranks: each draws its own synthetic batch.
     """
     specs = [spec_of(name) for name in opts]
     ranks = RANKS if any("multi_rank" in spec.requires for spec in specs) else 1
     more = [setting for name in opts for setting in settings.get(name, ())]
-    command = [*workload, "backend=gloo", f"launch.nproc={ranks}"]
+    command = [*workload, "backend=gloo", f"launch.nproc={ranks}", f"opt=[{','.join(opts)}]", *more]
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(*command, f"opt=[{','.join(opts)}]", *more, run_dir=Path(folder, "run"))
+        run = run_ranks(*command, run_dir=Path(folder, "run"))
         if run.code in _ENDED:
-            return _judge(run, opts, specs, _baseline(*command), rtol)
+            data_size = Mesh(RunPlan.load(run.run_dir / "resolved.yaml").dimensions).data_size
+            baseline = _baseline(*workload, "backend=gloo", f"launch.nproc={data_size}")
+            return _judge(run, opts, specs, baseline, rtol)
         kind = run.failure
     words = run.stderr.strip().splitlines()[-1].removeprefix("timetrial: ") if run.stderr.strip() else ""
     return Cell(kind, words) if kind in REFUSALS else Cell("broken", f"exit {run.code} ({kind}): {words}")

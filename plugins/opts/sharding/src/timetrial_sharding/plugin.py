@@ -50,7 +50,7 @@ class Fsdp(Plugin):
             "a graph cannot replay",
         },
         wraps=frozenset({"tensor_parallel"}),  # what is sharded is each rank's part of a layer
-        claims=frozenset({"gradient_exchange", "gradient_exchange.hook"}),
+        claims=frozenset({"gradient_exchange"}),
     )
     Config = FsdpConfig
     config: FsdpConfig
@@ -132,10 +132,8 @@ class TensorParallel(Plugin):
         conflicts={
             "cuda_graphs": "before each update it hands gradients to the optimizer's views of the parameters, which is "
             "work of the host that a graph does not replay",
-            "fused_optimizer": "its kernels take plain tensors, and norms over the parts of a parameter need DTensors",
             "stream_overlap": "it updates the model's own parameters in the backward pass, and the optimizer holds "
             "views of them",
-            "zero_copy_concat": "it joins the weights of whole layers before they are split",
         },
         wraps=frozenset({"grad_accumulation"}),  # to count all that one update takes
         replaces=frozenset({TENSOR_PLAN}),
