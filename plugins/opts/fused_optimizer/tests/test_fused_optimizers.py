@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from core.api.errors import UsageError
 from timetrial_fused_optimizer.optimizers import OPTIMIZERS, fuse
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 50
 DECAY = 0.05
 Make = Callable[[nn.Module], torch.optim.Optimizer]
