@@ -179,7 +179,7 @@ def test_an_image_that_changed_since_is_named(
 def test_without_prepared_data_or_weights_the_remedy_is_said(
     source: Source, prepare: Prepare, small: tuple[str, ...], tmp_path: Path
 ) -> None:
-    assert "core.prepare" in run_ranks(*small, run_dir=tmp_path / "none").expect(1).stderr
+    assert "core.prepare" in run_ranks(*small, run_dir=tmp_path / "none").expect(2).stderr
     assert prepare(source.write()).returncode == 0
     whole = ("workload=maskrcnn_mlperf", f"data.root={tmp_path / 'out'}", "workload.global_batch_size=4")
     assert "workload.pretrained" in run_ranks(*whole, run_dir=tmp_path / "run").expect(1).stderr

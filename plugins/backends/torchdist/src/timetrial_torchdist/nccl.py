@@ -32,7 +32,7 @@ class Nccl(Plugin):
         local_rank, count = process_group.local_rank(), torch.cuda.device_count()
         if local_rank >= count:
             raise NotHereError(
-                f"local rank {local_rank} needs a GPU of its own, but torch {torch.__version__} sees {count}: "
+                f"local rank {local_rank} needs its own GPU, but torch {torch.__version__} sees {count}: "
                 "start fewer ranks, or install a torch build that fits the driver"
             )
         device = torch.device("cuda", local_rank)

@@ -41,7 +41,7 @@ class Traffic:
 
 
 class Phases:
-    """The three collectives for one chunk. Each has process groups of its own, so that they can run side by side:
+    """The three collectives for one chunk. Each has its own process groups, so that they can run side by side:
     collectives of one group are matched by their order, which must be the same on every rank."""
 
     def __init__(self, sets: Sequence[Nodes], rank: int, device: torch.device, timeout: timedelta) -> None:

@@ -189,7 +189,7 @@ class MaskRCNNWorkload:
         categories, mine = [c["id"] for c in self.eval.categories], list[dict[str, Any]]()
         for data in self.ctx.feed(self._eval_batches()):
             mine += evaluation.records(infer(data), data, categories, self.masks)
-        found, quality = evaluation.gathered(mine, self.ctx.data_size), dict[str, float]()
+        found, quality = evaluation.gathered(mine, self.ctx.mesh), dict[str, float]()
         if self.ctx.rank == 0:
             annotations = self.eval.annotations()
             evaluation.write(self.ctx.run_dir / "detections", annotations, found)

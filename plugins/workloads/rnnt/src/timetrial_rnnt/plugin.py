@@ -13,7 +13,7 @@ from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
     from core.api.preparation import Preparation
-    from core.api.types import Evaluate, Forward, Plan, RunContext
+    from core.api.types import Evaluate, Forward, Plan, Quality, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
 
@@ -72,7 +72,7 @@ class Rnnt(Plugin):
         evaluate = yield
         average = ctx.workload.average  # pyright: ignore[reportAttributeAccessIssue]
 
-        def evaluate_average(infer: Forward) -> dict[str, float]:
+        def evaluate_average(infer: Forward) -> Quality:
             with average.in_place():
                 return evaluate(infer)
 
