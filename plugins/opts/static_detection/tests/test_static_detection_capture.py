@@ -19,6 +19,8 @@ from core.compose.discovery import Installed, discover
 from core.compose.resolve import plugin_manager
 from core.testing.cli import environment, run_cli
 
+pytestmark = pytest.mark.numbers
+
 STEP = Path(__file__).parent.parent / "bench" / "step.py"
 GPU = ("workload=maskrcnn", "backend=single", "backend.device=cuda", "deterministic=false")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
