@@ -141,6 +141,7 @@ class _RunSuite(PluginSuite):
         assert resumed.result["parameters_sha256"] == self.run().result["parameters_sha256"]
         assert resumed.losses == self.run().losses
 
+    @pytest.mark.numbers
     @pytest.mark.distributed
     def test_two_ranks_give_the_result_of_one(self) -> None:
         both = self.compare(*self.arguments, "launch.nproc=2", "backend=gloo")
@@ -223,6 +224,7 @@ class OptSuite(_RunSuite):
     def arguments(self) -> tuple[str, ...]:
         return (*self.workload, f"+opt={self.name}", *self.settings)
 
+    @pytest.mark.numbers
     def test_its_declared_numerics_hold_against_the_baseline(self) -> None:
         declared = cast(OptSpec, self.installed.load().spec).numerics
         if declared == "tolerance":
@@ -238,6 +240,7 @@ class OptSuite(_RunSuite):
                 torch.tensor(mine.losses), torch.tensor(baseline.losses), rtol=self.changes_by, atol=self.changes_by
             )
 
+    @pytest.mark.numbers
     def test_it_reaches_the_target_with_evidence(self) -> None:
         outcome = cached_run(*self.arguments).expect(0)
         assert outcome.evidence[self.name]["active"], outcome.evidence

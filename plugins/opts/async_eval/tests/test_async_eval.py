@@ -21,6 +21,7 @@ def qualities(outcome: Outcome) -> list[tuple[int, float]]:
     return [(line["step"], line["quality"]["accuracy"]) for line in lines if "quality" in line]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
 def test_every_quality_is_the_baselines(ranks: int, tmp_path: Path) -> None:
     arguments = ("workload=toy", "workload.target=1", "stop.epochs=4", "backend=gloo", f"launch.nproc={ranks}")

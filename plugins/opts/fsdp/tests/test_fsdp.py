@@ -9,6 +9,8 @@ import pytest
 from core.testing.cli import run_cli, run_program
 from core.testing.suites import assert_close, cached_run
 
+pytestmark = pytest.mark.numbers
+
 TWO_RANKS = ("backend=gloo", "launch.nproc=2")
 
 

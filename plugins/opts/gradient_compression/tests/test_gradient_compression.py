@@ -20,6 +20,8 @@ from core.testing.suites import assert_close, cached_run
 from timetrial_gradient_compression.exchange import Bf16, PowerSgd
 from timetrial_gradient_compression.plugin import GradientCompression, GradientCompressionConfig
 
+pytestmark = pytest.mark.numbers
+
 CPU = torch.device("cpu")
 X_NF = torch.randn(16, 12, generator=torch.Generator().manual_seed(3))
 

@@ -15,6 +15,8 @@ from timetrial_unpad.batch import IGNORED, Counts, unpad, unpadded
 from timetrial_unpad.encoder import Encoder
 from timetrial_unpad.plugin import Unpad, UnpadConfig
 
+pytestmark = pytest.mark.numbers
+
 LENGTHS = (5, 12, 1, 12, 7, 16)
 WIDTH, PREDICTIONS, VOCABULARY = 16, 3, 50
 

@@ -20,6 +20,8 @@ from core.testing.cli import run_cli
 from timetrial_zero_copy_concat.plugin import ZeroCopyConcat, ZeroCopyConcatConfig
 from timetrial_zero_copy_concat.siblings import bytes_saved, find
 
+pytestmark = pytest.mark.numbers
+
 NAMES = [["query", "key", "value"]]
 ROWS, LENGTH, SIZE, HEADS = 3, 5, 8, 2
 

@@ -12,6 +12,8 @@ from torch import nn
 from timetrial_bert.optim import LAMB, Schedule
 from timetrial_bert.workload import BertWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., BertWorkload]
 
 

@@ -20,6 +20,8 @@ from core.testing.cli import Outcome, run_program, run_ranks
 from timetrial_maskrcnn import evaluation
 from timetrial_maskrcnn.scenes import SIDE, Scenes
 
+pytestmark = pytest.mark.numbers
+
 SHORT = (
     "workload=maskrcnn", "workload.train_scenes=8", "workload.eval_scenes=21", "workload.eval_batch_size=8",
     "workload.eval_first_epoch=1", "stop.epochs=1", "workload.least_score=0.0001", "checkpoint.every_steps=1",

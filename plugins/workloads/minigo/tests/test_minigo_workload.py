@@ -104,6 +104,7 @@ def test_every_batch_has_the_same_shapes_as_the_synthetic_one(make: MakeWorkload
     assert shapes == [shapes[0]] * 3 and workload.spec.static_shapes
 
 
+@pytest.mark.numbers
 def test_the_loss_is_what_the_reference_adds_up(make: MakeWorkload) -> None:
     workload = make("minigo", *TINY, "value_weight=0.5")
     (batch, _) = workload.batches(1, 0)
@@ -117,6 +118,7 @@ def test_the_loss_is_what_the_reference_adds_up(make: MakeWorkload) -> None:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
+@pytest.mark.numbers
 def test_two_ranks_find_the_games_that_one_finds(make: MakeWorkload) -> None:
     def played(games: range, **where: int) -> list[tuple[int, tuple[int, ...]]]:
         workload = make("minigo", *TINY, "opponent_simulations=4", **where)
@@ -231,6 +233,7 @@ def test_the_target_is_reached_and_the_log_passes_the_official_checker(tmp_path:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+@pytest.mark.numbers
 def test_an_untrained_network_is_far_from_the_target(make: MakeWorkload) -> None:
     """On a part of the evaluation's games; the card has the figures over all of them."""
     rates: list[float] = []

@@ -12,6 +12,8 @@ from torch import nn
 from timetrial_resnet.optim import LARS, Schedule
 from timetrial_resnet.workload import ResNetWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., ResNetWorkload]
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from timetrial_rnnt.decode import greedy
 from timetrial_rnnt.model import Sizes, Transducer, initialise
 
+pytestmark = pytest.mark.numbers
+
 SIZES = Sizes(
     features=6, classes=7, encoder_hidden=10, pre_layers=1, stack_time=2, post_layers=1, predictor_hidden=9,
     predictor_layers=2, joint_hidden=8, encoder_dropout=0.0, predictor_dropout=0.0, joint_dropout=0.0,
@@ -16,8 +18,8 @@ SIZES = Sizes(
 
 
 def transducer(seed: int, blank_bias: float, sharpness: float = 8.0) -> Transducer:
-    """An untrained model that says much: its classes are far apart, and the blank is as likely as asked for. In float64,
-    or the last bit could choose another symbol in a batch than alone."""
+    """An untrained model that says much: its classes are far apart, and the blank is as likely as asked for.
+    In float64, or the last bit could choose another symbol in a batch than alone."""
     built = Transducer(SIZES, lambda *_: torch.zeros(()), max_symbols=300, max_per_frame=30)
     initialise(built, 1.0, torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -64,7 +66,8 @@ def test_a_batch_is_decoded_as_each_utterance_alone_would_be(limit: int, per_fra
 def test_no_utterance_has_more_symbols_than_the_rule_allows() -> None:
     chatty = transducer(0, blank_bias=-100.0)
     lengths = torch.tensor([5, 40, 0])
-    symbols, counts = greedy(chatty.prediction, chatty.joint, torch.randn(3, 40, SIZES.joint_hidden, dtype=torch.float64), lengths, 300, 30)
+    encoded = torch.randn(3, 40, SIZES.joint_hidden, dtype=torch.float64)
+    symbols, counts = greedy(chatty.prediction, chatty.joint, encoded, lengths, 300, 30)
     assert counts.tolist() == [150, 300, 0]
     assert (symbols[1] != chatty.joint.blank).all()
 

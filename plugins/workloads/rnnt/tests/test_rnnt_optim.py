@@ -11,6 +11,8 @@ from torch import nn
 from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.optim import LAMB, Schedule
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.mark.parametrize("clip", [None, 0.7])
 def test_lamb_is_the_written_out_formula(clip: float | None) -> None:

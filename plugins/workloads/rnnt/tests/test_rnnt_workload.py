@@ -49,6 +49,7 @@ def listener(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor
     return infer
 
 
+@pytest.mark.numbers
 def test_two_ranks_find_the_word_error_rate_of_one_to_the_last_digit(make: MakeWorkload) -> None:
     def evaluate(rank: int, world: int, others: dict[int, list[float]] | None = None) -> tuple[RnntWorkload, float]:
         workload = make("rnnt", *SHRUNKEN, rank=rank, world=world)
@@ -63,6 +64,7 @@ def test_two_ranks_find_the_word_error_rate_of_one_to_the_last_digit(make: MakeW
     assert 0 < second.ctx.backend.said[1] < one.ctx.backend.said[1]  # pyright: ignore
 
 
+@pytest.mark.numbers
 def test_the_word_error_rate_is_jiwers_over_the_whole_set(make: MakeWorkload) -> None:
     workload = make("rnnt", *SHRUNKEN)
     workload.check_data()
@@ -77,6 +79,7 @@ def test_the_word_error_rate_is_jiwers_over_the_whole_set(make: MakeWorkload) ->
     assert workload.evaluate(infer)[METRIC] == pytest.approx(jiwer.wer(said, list(heard.values())), rel=1e-12)
 
 
+@pytest.mark.numbers
 def test_utterances_read_together_and_one_by_one_give_the_same_text(make: MakeWorkload) -> None:
     together, alone = make("rnnt", *SHRUNKEN), make("rnnt", *SHRUNKEN)
     texts: list[list[str]] = []
