@@ -1,6 +1,6 @@
 """timetrial: training workloads raced against the clock. `core` is the small part that every plugin stands on."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-INTERFACE = 1
-"""Version of the plugin interface (`core.api.hooks` and `core.api.types`); a plugin states the one it was built for."""
+INTERFACE = 2
+"""Version of the plugin interface (`core.api`); a plugin states the one it was built for."""

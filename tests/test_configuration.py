@@ -13,7 +13,7 @@ from core.testing.cli import Outcome, environment, run_cli, run_raw
 
 OPT = """
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise"{more})
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise"{more})
     Config = Config
 """
 
@@ -83,15 +83,70 @@ def test_opts_that_conflict_are_refused_with_the_reason(tmp_path: Path, fake_plu
 
 def test_opts_that_claim_the_same_resource_are_refused(tmp_path: Path, fake_plugin) -> None:
     for name in ("one", "two"):
-        site = fake_plugin("opt", name, OPT.format(more=', claims=frozenset({"ddp.comm_hook"})'))
+        site = fake_plugin("opt", name, OPT.format(more=', claims=frozenset({"gradient_exchange.hook"})'))
     line = refused("workload=toy", "+opt=[one,two]", tmp_path=tmp_path, PYTHONPATH=str(site))
-    assert all(part in line for part in ("'one'", "'two'", "ddp.comm_hook"))
+    assert all(part in line for part in ("'one'", "'two'", "gradient_exchange.hook"))
 
 
-def test_an_opt_that_no_workload_component_answers_to_is_refused(tmp_path: Path, fake_plugin) -> None:
-    site = fake_plugin("opt", "lean", OPT.format(more=', components=frozenset({"rnnt.loss"})'))
+def test_an_opt_whose_seam_is_not_offered_is_refused(tmp_path: Path, fake_plugin) -> None:
+    site = fake_plugin("opt", "lean", OPT.format(more=', replaces=frozenset({Seam("rnnt.loss")})'))
     outcome = run_cli("workload=toy", "+opt=lean", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(2)
     assert "rnnt.loss" in outcome.stderr
+    assert outcome.failure == "not_offered"
+
+
+def test_an_opt_that_replaces_a_seam_without_saying_so_is_refused(tmp_path: Path, fake_plugin) -> None:
+    source = (
+        OPT.format(more="")
+        + """
+    @hookimpl
+    def replace(self):
+        return [LOSS.by(lambda inner: inner)]
+"""
+    )
+    site = fake_plugin("opt", "silent", source)
+    outcome = run_cli("workload=toy", "+opt=silent", run_dir=tmp_path / "run", PYTHONPATH=str(site)).expect(2)
+    assert "core.loss" in outcome.stderr and outcome.failure == "plugin"
+
+
+def test_what_check_refuses_is_refused_before_a_run_folder_exists(tmp_path: Path, fake_plugin) -> None:
+    source = (
+        OPT.format(more="")
+        + """
+    @hookimpl
+    def check(self, plan):
+        raise ConflictError(f"opts {', '.join(plan.opts)} on {plan.workload} with {plan.world_size} ranks do not go")
+"""
+    )
+    site = fake_plugin("opt", "picky", source)
+    line = refused("workload=toy", "+opt=[picky,amp]", tmp_path=tmp_path, PYTHONPATH=str(site))
+    assert "opts amp, picky on toy with 1 ranks do not go" in line
+
+
+def test_a_new_mesh_dimension_needs_no_change_to_core(tmp_path: Path, fake_plugin) -> None:
+    """Ranks along a made-up dimension share their data: 2 x 2 ranks read as two data ranks do, and count once."""
+    source = (
+        OPT.format(more=', requires=frozenset({"multi_rank"})')
+        + """
+    @hookimpl
+    def dimensions(self):
+        return [Dimension(name="twin", size=2, splits_data=False, nearness=40, reports="last")]
+
+    @hookimpl
+    def verify(self, ctx):
+        return Evidence(plugin="twins", active=ctx.mesh.size("twin") == 2, summary="two of each")
+"""
+    )
+    site = str(fake_plugin("opt", "twins", source))
+    toy = ("workload=toy", "stop.steps=40")
+    four = run_cli(*toy, "+opt=twins", "launch.nproc=4", run_dir=tmp_path / "four", PYTHONPATH=site).expect(4)
+    two = run_cli(*toy, "launch.nproc=2", run_dir=tmp_path / "two").expect(4)
+    assert four.result["mesh"] == {"data": 2, "twin": 2}
+    for key in ("parameters_sha256", "quality", "samples"):
+        assert four.result[key] == two.result[key], key
+    assert four.losses == two.losses
+    line = refused("workload=toy", "+opt=twins", "launch.nproc=3", tmp_path=tmp_path, PYTHONPATH=site)
+    assert "3 ranks cannot be arranged as twin 2" in line
 
 
 def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake_plugin) -> None:
@@ -99,7 +154,7 @@ def test_a_workload_whose_requirement_is_not_met_is_refused(tmp_path: Path, fake
     from core.api.types import WorkloadSpec
 
     class P(Plugin):
-        spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
+        spec = WorkloadSpec(interface=2, summary="made up", benchmark="bert", requires=frozenset({"multi_rank"}))
         Config = Config
     """
     site = fake_plugin("workload", "wide", source)
@@ -153,14 +208,14 @@ def test_a_hook_that_does_not_fit_the_interface_is_refused(hook: str, named: str
 
 
 def test_a_plugin_for_another_interface_is_refused_with_both_versions(tmp_path: Path, fake_plugin) -> None:
-    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=1", "interface=99"))
+    site = fake_plugin("opt", "old", OPT.format(more="").replace("interface=2", "interface=99"))
     line = refused("workload=toy", "+opt=old", tmp_path=tmp_path, PYTHONPATH=str(site))
     assert "interface 99" in line
-    assert "interface 1" in line
+    assert "interface 2" in line
 
 
 def test_nccl_without_a_gpu_says_what_to_use(tmp_path: Path) -> None:
-    from timetrial_nccl.plugin import Nccl
+    from timetrial_torchdist.nccl import Nccl
 
     if not Nccl.spec.probe().problem:
         pytest.skip("this machine has a GPU")
@@ -170,7 +225,7 @@ def test_nccl_without_a_gpu_says_what_to_use(tmp_path: Path) -> None:
 def test_fewer_devices_than_ranks_is_refused_before_a_process_starts(tmp_path: Path, fake_plugin) -> None:
     source = """
     class P(Plugin):
-        spec = BackendSpec(interface=1, summary="made up", probe=lambda: Devices(count=1))
+        spec = BackendSpec(interface=2, summary="made up", probe=lambda: Devices(count=1))
         Config = Config
     """
     site = fake_plugin("backend", "narrow", source)
@@ -233,3 +288,34 @@ def test_the_order_of_opts_does_not_matter(tmp_path: Path) -> None:
         run = run_cli("workload=toy", f"+opt={order}", "stop.steps=3", run_dir=tmp_path / str(number)).expect(4)
         plans.append((run.result["plan_hash"], run.result["plugins"], run.result["parameters_sha256"]))
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("workload.targets.box_ap=1.5", "workload.targets.box_ap=1.5 is out of range; at most 1 is expected"),
+        ("workload.targets.mask_ap=nan", "workload.targets.mask_ap is nan"),
+        ("~workload.targets.mask_ap", "workload.targets.mask_ap is missing"),
+        ("+workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.targets.mask_iou=0.5", "unknown key 'workload.targets.mask_iou': did you mean 'mask_ap'?"),
+        ("workload.eval.first=0", "workload.eval.first=0 is out of range; at least 1 is expected"),
+        ("workload.eval.unit=epoch", "workload.eval.unit=epoch: did you mean 'epochs'?"),
+    ],
+)
+def test_an_invalid_target_or_evaluation_is_refused(override: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused("workload=maskrcnn", override, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("workload", "remedy"),
+    [
+        ("bert_mlperf", "core.prepare workload=bert_mlperf"),
+        ("rnnt_mlperf", "core.prepare workload=rnnt_mlperf"),
+        ("maskrcnn_mlperf", "core.prepare workload=maskrcnn_mlperf"),
+        ("resnet_mlperf", "train/<class>/*.jpg"),
+    ],
+)
+def test_a_workload_without_data_is_refused_before_it_starts(workload: str, remedy: str, tmp_path: Path) -> None:
+    line = refused(f"workload={workload}", tmp_path=tmp_path)
+    assert "data.root is not set" in line
+    assert remedy in line

@@ -15,7 +15,7 @@ import pytest
 
 from core.testing.cli import Outcome, environment, run_cli, run_ranks
 
-ENDLESS = ("workload=toy", "workload.max_epochs=100000", "workload.target=1", "workload.eval_every=100000")
+ENDLESS = ("workload=toy", "workload.max_epochs=100000", "workload.targets.accuracy=1", "workload.eval.every=100000")
 """A run that only a signal ends; log_seconds is short so that ranks agree on it soon."""
 SHORT = ("workload=toy", "stop.steps=20", "checkpoint.every_steps=5")
 
@@ -59,7 +59,8 @@ def test_a_gradient_that_overflows_is_found_before_it_is_saved(tmp_path: Path) -
 
 
 def test_a_target_that_is_never_reached_gives_no_time(tmp_path: Path) -> None:
-    outcome = run_cli("workload=toy", "workload.target=1", "workload.max_epochs=1", run_dir=tmp_path / "run").expect(4)
+    arguments = ("workload=toy", "workload.targets.accuracy=1", "workload.max_epochs=1")
+    outcome = run_cli(*arguments, run_dir=tmp_path / "run").expect(4)
     assert outcome.result["status"] == "not_converged"
     assert outcome.result["time_to_train_s"] is None
     assert "time to train" not in outcome.stdout + outcome.stderr
@@ -68,7 +69,7 @@ def test_a_target_that_is_never_reached_gives_no_time(tmp_path: Path) -> None:
 def test_out_of_memory_names_the_batch_size(tmp_path: Path, fake_plugin) -> None:
     source = """
     class P(Plugin):
-        spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+        spec = OptSpec(interface=2, summary="made up", numerics="bitwise")
         Config = Config
 
         @hookimpl(wrapper=True)
@@ -114,7 +115,7 @@ def test_a_killed_run_resumes_with_dropout_from_the_same_generator(tmp_path: Pat
 
 def test_a_resumed_success_is_not_scored_unless_asked(tmp_path: Path) -> None:
     for name, more, scored in (("plain", (), False), ("asked", ("score_restarts=true",), True)):
-        arguments = ("workload=toy", "workload.target=0.9", "checkpoint.every_steps=1", *more)
+        arguments = ("workload=toy", "workload.targets.accuracy=0.9", "checkpoint.every_steps=1", *more)
         run_cli(*arguments, run_dir=tmp_path / name, fault="step@20=term").expect(75)
         resumed = run_cli(*arguments, run_dir=tmp_path / name).expect(0)
         assert (resumed.result["time_to_train_s"] is not None) == scored
@@ -159,7 +160,7 @@ OUTER = """
 import os
 
 class P(Plugin):
-    spec = OptSpec(interface=1, summary="made up", numerics="bitwise")
+    spec = OptSpec(interface=2, summary="made up", numerics="bitwise")
     Config = Config
 
     @hookimpl
@@ -294,7 +295,7 @@ def test_a_log_that_cannot_be_written_fails_before_training(tmp_path: Path) -> N
 
 
 def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:
-    arguments = ("workload=toy", "workload.target=0.9", "checkpoint.every_steps=3")
+    arguments = ("workload=toy", "workload.targets.accuracy=0.9", "checkpoint.every_steps=3")
     run_cli(*arguments, run_dir=tmp_path / "run", fault="step@20=kill")
     resumed = run_cli(*arguments, run_dir=tmp_path / "run").expect(0)
     whole = run_cli(*arguments, run_dir=tmp_path / "whole").expect(0)
@@ -305,7 +306,8 @@ BY_SAMPLES = """
 import os, signal
 from pathlib import Path
 import core.testing.toy
-from core.testing.toy.plugin import Toy, ToyConfig
+from core.testing.toy.config import ToyConfig
+from core.testing.toy.plugin import SPEC, Toy
 from core.api.types import EvalCadence
 from omegaconf import OmegaConf
 
@@ -325,7 +327,7 @@ class P(Toy):
                 return super().evaluate(infer)
 
         values = OmegaConf.load(Path(core.testing.toy.__file__).parent / "conf" / "workload" / "toy.yaml")
-        workload = Killed(ctx, ToyConfig(**values))
+        workload = Killed(SPEC, ToyConfig(**values), ctx)
         workload.eval_cadence = EvalCadence(every=640, first=640, unit="samples")
         return workload
 """

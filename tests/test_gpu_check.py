@@ -64,7 +64,7 @@ def test_evidence_may_say_that_the_numbers_are_kept_better_than_declared(tool: M
 
 
 def spec(**more: Any) -> OptSpec:
-    return OptSpec(interface=1, summary="", numerics="bitwise", **more)
+    return OptSpec(interface=2, summary="", numerics="bitwise", **more)
 
 
 def test_all_opts_means_those_that_one_device_can_run_together(tool: ModuleType) -> None:
@@ -86,7 +86,7 @@ def test_opts_that_the_workload_refuses_are_left_out_of_all(tool: ModuleType) ->
         def run(self, *overrides: str) -> Any:
             opts = overrides[-1].removeprefix("opt=[").removesuffix("]").split(",")
             if "b" in opts:
-                return tool.Run(2, "opt 'b' replaces bert.encoder, which workload 'toy' does not offer", 1.0)
+                return tool.Run(2, "opt 'b' acts on bert.encoder, which workload 'toy' does not offer here", 1.0)
             return tool.Run(0, "", 1.0, speeds=[1.0, 50.0, 100.0, 110.0], evidence={o: {"active": True} for o in opts})
 
     check = Answers(device="cpu", opts={}, workloads=[], jobs=1, ceilings={"fp32": 2.0})

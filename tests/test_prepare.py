@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from core.testing.cli import environment
 
 WORKLOAD = """
@@ -32,7 +32,7 @@ def paced(jobs):
         time.sleep(float(os.environ.get("PAUSE", 0)))
 
 class P(Plugin):
-    spec = WorkloadSpec(interface=1, summary="made up", benchmark="bert")
+    spec = WorkloadSpec(interface=2, summary="made up", benchmark="bert")
     Config = Config
 
     @hookimpl

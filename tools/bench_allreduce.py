@@ -19,11 +19,12 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
+from core.api.statistics import race, ratios, row, spread, table
 from core.testing.hosts import bytes_sent, problem, start_ranks, two_hosts
 
 MIB = 2**20
@@ -39,7 +40,7 @@ WARM_UP = 2
 # -------------------------------------------------------------------------------------------------- on each rank
 
 
-def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
+def measure(mib: int, rounds: int, chunk_mib: float) -> list[dict[str, Any]]:
     """Of each contender, for this rank: seconds of each step, and bytes this host sent in the last."""
     from datetime import timedelta
 
@@ -62,36 +63,39 @@ def measure(mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
         layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(mib * MIB // (4 * WIDTH * WIDTH))))
         ddp = DistributedDataParallel(layers, bucket_cap_mb=2 * mib if contender == "unpipelined" else 25.0)
         if contender != "flat":
-            chunk = 2 * mib if contender == "unpipelined" else chunk_mb
-            hook = TwoLevel(launched(placement), rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
+            chunk = 2 * mib if contender == "unpipelined" else chunk_mib
+            hook = TwoLevel([launched(placement)], rank, torch.device("cpu"), int(chunk * MIB), timedelta(seconds=60))
             ddp.register_comm_hook(None, hook.exchange)
         return ddp
 
     models = {contender: model(contender) for contender in CONTENDERS}
-    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     sent, gradients = dict[str, int](), dict[str, Any]()
-    for _ in range(WARM_UP + rounds):
-        for contender, ddp in models.items():
-            ddp.zero_grad()
-            dist.barrier()
-            before, start = bytes_sent(), time.perf_counter()
-            ddp(x).square().mean().backward()
-            seconds[contender].append(time.perf_counter() - start)
-            dist.barrier()
-            sent[contender] = bytes_sent() - before
-            gradients[contender] = torch.cat([p.grad.flatten() for p in ddp.parameters()])
+
+    def step(contender: str) -> float:
+        ddp = models[contender]
+        ddp.zero_grad()
+        dist.barrier()
+        before, start = bytes_sent(), time.perf_counter()
+        ddp(x).square().mean().backward()
+        seconds = time.perf_counter() - start
+        dist.barrier()
+        sent[contender] = bytes_sent() - before
+        gradients[contender] = torch.cat([p.grad.flatten() for p in ddp.parameters()])
+        return seconds
+
+    seconds = race({contender: partial(step, contender) for contender in CONTENDERS}, rounds, warmup=WARM_UP)
     for contender in CONTENDERS[1:]:
         torch.testing.assert_close(gradients[contender], gradients["flat"])
     dist.destroy_process_group()
-    return [{"seconds": seconds[contender][WARM_UP:], "sent": sent[contender]} for contender in CONTENDERS]
+    return [{"seconds": seconds[contender], "sent": sent[contender]} for contender in CONTENDERS]
 
 
 # ------------------------------------------------------------------------------------------------- the race
 
 
-def race(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: float) -> list[dict[str, Any]]:
+def compare(placement: str, rate: str | None, mib: int, rounds: int, chunk_mib: float) -> list[dict[str, Any]]:
     """One row per contender: bytes over gradient bytes, and seconds of a step (of its slowest rank) by round."""
-    worker = (sys.executable, __file__, "--worker", json.dumps([mib, rounds, chunk_mb]))
+    worker = (sys.executable, __file__, "--worker", json.dumps([mib, rounds, chunk_mib]))
     with two_hosts(rate) as hosts:
         processes = start_ranks(hosts, placement, *worker)
         ended = [process.communicate() for process in processes]
@@ -108,26 +112,11 @@ def race(placement: str, rate: str | None, mib: int, rounds: int, chunk_mb: floa
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown. Ratios are taken within a round."""
-    lines = [
-        "| hosts x ranks, ranks on hosts | all-reduce | bytes on the link, each way | step, s: median (min-max) | n | "
-        "flat / this, median (min-max) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        flat = next(r for r in rows if r["placement"] == row["placement"] and r["contender"] == "flat")
-        ratios = [f / s for f, s in zip(flat["seconds"], row["seconds"], strict=True)]
-        cells = (
-            f"2 x {len(row['placement']) // 2}, {row['placement']}", row["contender"], f"{row['sent']:.3f} S",
-            spread(row["seconds"], 3), str(len(row["seconds"])), "1" if row is flat else spread(ratios, 2),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+def cells(found: dict[str, Any], flat: dict[str, Any]) -> list[object]:
+    """The cells of one contender; `flat` is the contender that it is compared with."""
+    step, gains = spread(found["seconds"]), spread(ratios(flat["seconds"], found["seconds"]))
+    hosts = f"2 x {len(found['placement']) // 2}, {found['placement']}"
+    return [hosts, found["contender"], f"{found['sent']:.3f} S", f"{step:.3f}", step.n, f"{gains:.2f}"]
 
 
 def main() -> None:
@@ -135,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of the link, as tc writes it; `none` leaves it as it is")
     parser.add_argument("--mib", type=int, default=32, help="MiB of gradients, a multiple of 4")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--chunk-mb", type=float, default=2.0, help="opt.sharp.chunk_mb")
+    parser.add_argument("--chunk-mib", type=float, default=2.0, help="opt.sharp.chunk_mib")
     parser.add_argument("--placements", nargs="+", default=PLACEMENTS, help="the host of each rank, a digit each")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -145,14 +134,14 @@ def main() -> None:
     if problem():
         raise SystemExit(f"this machine cannot have two hosts: {problem()}")
     rate = None if arguments.rate == "none" else arguments.rate
-    rows = [
-        row
-        for placement in arguments.placements
-        for row in race(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mb)
-    ]
-    print(table(rows))
+    columns = ["hosts x ranks, ranks on hosts", "all-reduce", "bytes on the link, each way"]
+    print(table([*columns, "step, s: median (min to max)", "n", "flat / this: median (min to max)"]))
+    for placement in arguments.placements:
+        rows = compare(placement, rate, arguments.mib, arguments.rounds, arguments.chunk_mib)
+        for found in rows:
+            print(row(cells(found, flat=rows[0])), flush=True)
     print(
-        f"\nS = {arguments.mib} MiB of gradients, link at {arguments.rate}, chunks of {arguments.chunk_mb:g} MiB; ",
+        f"\nS = {arguments.mib} MiB of gradients, link at {arguments.rate}, chunks of {arguments.chunk_mib:g} MiB; ",
         end="",
     )
     print(f"{os.cpu_count()} cores shared by all ranks, {platform.machine()}, Python {platform.python_version()}.")

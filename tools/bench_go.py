@@ -8,7 +8,7 @@ Both play whole games from the empty board, up to 2 * P moves (P points, open_sp
 from all legal ones. Ours checks all moves against all earlier positions of the game (positional superko); open_spiel,
 which is called game by game from Python, forbids kos and ends a game that repeats. One torch thread, one process.
 Rounds are interleaved; figures are medians (minimum to maximum) over the rounds, of moves per second of CPU time (on
-CUDA of wall time), drawing the moves included. The other columns say where ours spends its time, in a pass of its own:
+CUDA of wall time), drawing the moves included. The other columns say where ours spends its time, in a separate pass:
 microseconds for a board and move, over all moves of the games.
 """
 
@@ -19,10 +19,10 @@ import json
 import os
 import platform
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import pyspiel
 import torch
 from torch import Tensor
 
+from core.api.statistics import race, ratios, row, spread, table
 from timetrial_minigo.go import Boards, Go, Rules
 
 OPEN_SPIEL = "open_spiel"
@@ -93,7 +94,7 @@ def clock(device: str) -> float:
 
 
 def rate(player: Ours | OpenSpiel, seconds: float, device: str) -> float:
-    """Moves a second, over whole games that take so many seconds at least."""
+    """Moves a second, over whole games, for at least this number of seconds."""
     start, moves = clock(device), 0
     while (spent := clock(device) - start) < seconds:
         moves += player.games()
@@ -114,37 +115,25 @@ def parts(player: Ours, device: str) -> dict[str, float]:
     return {part: 1e6 * spent[part] / moves for part in PARTS}
 
 
-def race(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Rates of each contender, round by round, and the parts of ours."""
     players: dict[str, Any] = {f"{n} boards": Ours(size, n, arguments.device) for n in arguments.batches}
     players[OPEN_SPIEL] = OpenSpiel(size)
-    names = list(players)
-    for name in names:  # warm-up
-        players[name].games()
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(arguments.rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            rates[name].append(rate(players[name], arguments.seconds, arguments.device))
+    for player in players.values():  # warm-up
+        player.games()
+    contenders = {name: partial(rate, player, arguments.seconds, arguments.device) for name, player in players.items()}
     return {
-        name: {"rates": rates[name], "parts": parts(players[name], arguments.device) if name != OPEN_SPIEL else {}}
-        for name in names
+        name: {"rates": rates, "parts": parts(players[name], arguments.device) if name != OPEN_SPIEL else {}}
+        for name, rates in race(contenders, arguments.rounds).items()
     }
-
-
-def spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def rows(size: int, figures: dict[str, Any]) -> list[str]:
     lines = []
     for name, of in figures.items():
-        ratios = [ours / theirs for ours, theirs in zip(of["rates"], figures[OPEN_SPIEL]["rates"], strict=True)]
+        gains = spread(ratios(of["rates"], figures[OPEN_SPIEL]["rates"]))
         shares = [f"{of['parts'][part]:.2f}" if of["parts"] else "" for part in PARTS]
-        lines.append(
-            f"| {size}x{size} | {name} | {spread(of['rates'], ',.0f')} | {spread(ratios, '.2f')} | "
-            + " | ".join(shares)
-            + " |"
-        )
+        lines.append(row([f"{size}x{size}", name, f"{spread(of['rates']):,.0f}", f"{gains:.2f}", *shares]))
     return lines
 
 
@@ -158,11 +147,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| board | engine | moves/s | times open_spiel | legal us | choice us | play us |")
-    print("|---|---|---|---|---|---|---|")
+    print(table(["board", "engine", "moves/s", "times open_spiel", *(f"{part} us" for part in PARTS)]))
     figures: dict[str, Any] = {}
     for size in arguments.sizes:
-        figures[str(size)] = race(size, arguments)
+        figures[str(size)] = compare(size, arguments)
         print("\n".join(rows(size, figures[str(size)])), flush=True)
     versions = {name: metadata.version(name) for name in ("torch", "open_spiel")}
     versions |= {"python": platform.python_version()}

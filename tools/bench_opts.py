@@ -17,15 +17,16 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
+from core.api.statistics import race, ratios, spread, table
 from core.testing.matrix import installed_opts, spec_of
 
 BASELINE = "baseline"
@@ -75,36 +76,31 @@ def able(overrides: list[str], folder: Path) -> list[str]:
     return [*names, ",".join(together)] if len(together) > 1 else names
 
 
-def race(contenders: list[str], overrides: list[str], rounds: int, to_target: bool) -> dict[str, list[float]]:
-    """Contender -> samples/s, or seconds to the target, of each round."""
-    figures: dict[str, list[float]] = {contender: [] for contender in contenders}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
-            turn = number % len(contenders)
-            for contender in contenders[turn:] + contenders[:turn]:
-                seed = [f"seed={number + 1}"] if to_target else []
-                outcome = run(contender, [*overrides, *seed], Path(folder))
-                if to_target and outcome["status"] != "success":
-                    raise ValueError(f"{contender}, seed {number + 1}: {outcome['status']}, {outcome['quality']}")
-                figures[contender].append(outcome["time_to_train_s"] if to_target else throughput(outcome))
-            print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
-    return figures
+def entrant(contender: str, overrides: list[str], to_target: bool, folder: Path) -> Callable[[], float]:
+    """A turn of the contender: samples/s, or seconds to the target, where its k-th turn has seed k."""
+    seeds = count(1)
+
+    def turn() -> float:
+        if not to_target:
+            return throughput(run(contender, overrides, folder))
+        seed = next(seeds)
+        outcome = run(contender, [*overrides, f"seed={seed}"], folder)
+        if outcome["status"] != "success":
+            raise ValueError(f"{contender}, seed {seed}: {outcome['status']}, {outcome['quality']}")
+        return outcome["time_to_train_s"]
+
+    return turn
 
 
-def table(figures: dict[str, list[float]], to_target: bool, per_sample: float) -> str:
-    """Markdown: the figure and the speed-up over the baseline, each as median (minimum to maximum)."""
+def summary(figures: dict[str, list[float]], to_target: bool, per_sample: float) -> str:
+    """Markdown: the figure and the speed-up over the baseline."""
     unit = "time to target, s" if to_target else "samples/s" if per_sample == 1 else "tokens/s"
-    lines = [f"| contender | n | {unit} | speed-up |", "|---|---|---|---|"]
+    base, rows = figures[BASELINE], list[list[object]]()
     for contender, values in figures.items():
-        scaled = [value * per_sample for value in values]
-        pairs = zip(values, figures[BASELINE], strict=True)
-        gains = [base / mine if to_target else mine / base for mine, base in pairs]
-        lines.append(f"| {contender} | {len(values)} | {cell(scaled, ',.1f')} | {cell(gains, '.2f')} |")
-    return "\n".join(lines)
-
-
-def cell(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        scaled = spread([value * per_sample for value in values])
+        gains = spread(ratios(base, values) if to_target else ratios(values, base))
+        rows.append([contender, scaled.n, f"{scaled:,.1f}", f"{gains:.2f}"])
+    return table(["contender", "n", unit, "speed-up"], rows)
 
 
 def main() -> int:
@@ -124,12 +120,13 @@ def main() -> int:
         overrides += [] if "log_seconds" in chosen else ["log_seconds=0.2"]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            contenders = contenders or able(overrides, Path(folder))
-        figures = race([BASELINE, *contenders], overrides, arguments.rounds, arguments.to_target)
+            contenders = [BASELINE, *(contenders or able(overrides, Path(folder)))]
+            entrants = {c: entrant(c, overrides, arguments.to_target, Path(folder)) for c in contenders}
+            figures = race(entrants, arguments.rounds, title="bench_opts")
     except ValueError as error:
         print(f"bench_opts: {error}", file=sys.stderr)
         return 1
-    print(table(figures, arguments.to_target, arguments.per_sample))
+    print(summary(figures, arguments.to_target, arguments.per_sample))
     versions = {"torch": metadata.version("torch"), "python": platform.python_version()}
     print(f"\n{' '.join(overrides)}; {os.cpu_count()} cores, {platform.machine()}, one torch thread; {versions}")
     if arguments.out:

@@ -19,6 +19,7 @@ others at the mercy of what else runs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -26,7 +27,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -255,7 +255,7 @@ def measure_core(size: dict[str, int], folder: Path, env: dict[str, str]) -> dic
         "workload": "toy", "workload.features": size["features"], "workload.hidden": size["hidden"],
         "workload.examples": EXAMPLES, "workload.eval_examples": BATCH, "workload.classes": CLASSES,
         "workload.global_batch_size": BATCH, "workload.learning_rate": LEARNING_RATE, "workload.momentum": MOMENTUM,
-        "workload.eval_every": 10**6, "workload.max_epochs": 10**6, "stop.steps": size["steps"], "seed": SEED,
+        "workload.eval.every": 10**6, "workload.max_epochs": 10**6, "stop.steps": size["steps"], "seed": SEED,
         "checkpoint.at_end": "false", "run_dir": run_dir,
     }  # fmt: skip
     command = [sys.executable, "-m", "core.run", *(f"{key}={value}" for key, value in settings.items())]
@@ -277,13 +277,14 @@ def measure_core(size: dict[str, int], folder: Path, env: dict[str, str]) -> dic
 
 
 def race(contenders: list[str], sizes: dict[str, dict[str, int]], rounds: int) -> list[dict[str, Any]]:
-    """One row per size and contender: medians, and minimum and maximum over the rounds."""
+    """One row per size and contender, of spreads over the rounds."""
+    from core.api.statistics import ratios, rotated, spread  # not above: a contender imports nothing of the core
+
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for name, size in sizes.items():
-                turn = number % len(contenders)  # each contender comes first as often as the others
-                for contender in contenders[turn:] + contenders[:turn]:
+                for contender in rotated(contenders, number):
                     runs.setdefault((name, contender), []).append(measure(contender, size, Path(folder)))
             print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     rows = []
@@ -295,7 +296,7 @@ def race(contenders: list[str], sizes: dict[str, dict[str, int]], rounds: int) -
         row: dict[str, Any] = {"size": size, "contender": contender, "n": len(mine), "bits": same}
         row["step_us"] = spread([a["step_us"] for a, _ in pairs])
         row["added_us"] = spread([a["step_us"] - b["step_us"] for a, b in pairs])
-        row["ratio"] = spread([a["step_us"] / b["step_us"] for a, b in pairs])
+        row["ratio"] = spread(ratios([a["step_us"] for a, _ in pairs], [b["step_us"] for _, b in pairs]))
         row["added_start_s"] = spread([a["first_step_s"] - b["first_step_s"] for a, b in pairs])
         row["first_step_s"] = spread([a["first_step_s"] for a, _ in pairs])
         row["cpu_s"] = spread([a["cpu_s"] for a, _ in pairs])
@@ -304,29 +305,23 @@ def race(contenders: list[str], sizes: dict[str, dict[str, int]], rounds: int) -
     return rows
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    from core.api.statistics import table
 
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: median, and minimum to maximum in brackets."""
-
-    def cell(value: dict[str, float], form: str) -> str:
-        return f"{value['median']:{form}} ({value['min']:{form}} to {value['max']:{form}})"
-
-    lines = [
-        "| step | contender | n | us a step | added us a step | ratio | start to first step, s | added, s "
-        "| CPU, s | added, s | bits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            row["size"], row["contender"], str(row["n"]), cell(row["step_us"], ",.0f"), cell(row["added_us"], "+,.0f"),
-            cell(row["ratio"], ".3f"), cell(row["first_step_s"], ".2f"), cell(row["added_start_s"], "+.2f"),
-            cell(row["cpu_s"], ".2f"), cell(row["added_cpu_s"], "+.2f"), "same" if row["bits"] else "other",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = (
+        "step", "contender", "n", "us a step", "added us a step", "ratio", "start to first step, s", "added, s",
+        "CPU, s", "added, s", "bits",
+    )  # fmt: skip
+    cells = [
+        [
+            row["size"], row["contender"], row["n"], f"{row['step_us']:,.0f}", f"{row['added_us']:+,.0f}",
+            f"{row['ratio']:.3f}", f"{row['first_step_s']:.2f}", f"{row['added_start_s']:+.2f}",
+            f"{row['cpu_s']:.2f}", f"{row['added_cpu_s']:+.2f}", "same" if row["bits"] else "other",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(columns, cells)
 
 
 def main() -> None:
@@ -353,13 +348,14 @@ def main() -> None:
     rows = race(contenders, sizes, arguments.rounds)
     installed = {c: importlib.metadata.version(PACKAGES[c]) for c in contenders if c in PACKAGES}
     versions = {"torch": importlib.metadata.version("torch"), "python": platform.python_version(), **installed}
-    print(table(rows))
+    print(summary(rows))
     print(f"\n{os.cpu_count()} cores, {platform.machine()}, one torch thread; versions: {versions}")
     for contender in missing:
         print(f"{contender}: not installed (uv run --group bench ...)")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"versions": versions, "command": sys.argv, "rows": rows}, indent=1))
+        figures = {"versions": versions, "command": sys.argv, "rows": rows}
+        arguments.out.write_text(json.dumps(figures, indent=1, default=dataclasses.asdict))
 
 
 if __name__ == "__main__":

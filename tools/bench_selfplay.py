@@ -5,7 +5,7 @@ MCTS bot with the same network.
     uv run python tools/bench_selfplay.py --networks 16x2 --precisions fp32 --rounds 7
     uv run python tools/bench_selfplay.py --device cuda --networks 64x5 256x19 --size 19     # against the ceiling only
 
-A position is one move of one game, chosen by a search of so many simulations, each of which shows the network one new
+A position is one move of one game, chosen by a search of `--simulations`, each of which shows the network one new
 position; nothing is kept from one search to the next. Our side does all that self-play does for a move: it draws noise,
 searches, keeps the position and its policy target, chooses a move in proportion to the visits and plays it. The games
 are many, and at their 1st to 60th move. The *ceiling* is the network's evaluations/s, divided by the simulations: what
@@ -13,7 +13,7 @@ self-play would reach if rules, trees and planes cost nothing. It is taken at th
 network, and in each round at the batch size that is best; ours has one format and batch size, those that were best
 before the race.
 
-Each contender is a process of its own with one torch thread, which works when it is its turn, and is timed in CPU
+Each contender is a separate process with one torch thread, which works when it is its turn, and is timed in CPU
 seconds of its process (on CUDA in seconds); ratios are taken within a round. Figures are medians (minimum to maximum).
 The networks' weights are random. open_spiel's bot is shown the present position only, without history, which costs it
 less than ours.
@@ -23,16 +23,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from core.api.errors import exit_status
+from core.api.statistics import processes, race, ratios, row, spread, table
 
 NETWORKS = ("16x2", "32x3", "64x5")
 """Width x residual blocks."""
@@ -85,7 +85,7 @@ def make_network(arguments: argparse.Namespace) -> Any:
 
     leave_the_default_stream(device)
     capture = refusing(CudaCapture(), "the network", "leave out cuda_graphs")
-    return Graphed(evaluate, capture, warmup=3, max_graphs=2)
+    return Graphed(evaluate, capture, eager_calls=3, max_graphs=2)
 
 
 def clock(arguments: argparse.Namespace) -> float:
@@ -290,57 +290,29 @@ def command(arguments: argparse.Namespace, **also: Any) -> list[str]:
     return parts
 
 
-def race(network: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(network: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What each contender answered in each round, and the batch size."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = {"networks": network, "precisions": precision}
-    found = subprocess.run(
-        command(arguments, **one, serve="best_batch"), env=env, stdout=subprocess.PIPE, text=True, check=True
-    )
-    best = json.loads(found.stdout)
+    with processes({"best_batch": command(arguments, **one, serve="best_batch")}) as asked:
+        best = asked["best_batch"]()
     names = CONTENDERS if arguments.device == "cpu" else CONTENDERS[:2]
-    children = {
-        name: subprocess.Popen(
-            command(arguments, **one, **best, serve=name),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )
-        for name in names
-    }  # fmt: skip
-    answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    try:
-        for number in range(arguments.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                child = children[name]
-                assert child.stdin and child.stdout
-                print("turn", file=child.stdin, flush=True)
-                line = child.stdout.readline()
-                if not line:
-                    raise SystemExit(f"bench_selfplay: {name} with {network} {precision} ended: {child.wait()}")
-                answers[name].append(json.loads(line))
-            print(f"{network} {precision}: round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
-    finally:
-        for child in children.values():
-            child.kill()
-            child.wait()
+    with processes({name: command(arguments, **one, **best, serve=name) for name in names}) as contenders:
+        answers = race(contenders, arguments.rounds, title=f"{network} {precision}")
     return {"answers": answers, **best}
 
 
-def row(network: str, precision: str, found: dict[str, Any]) -> str:
-    """Markdown."""
+def cells(network: str, precision: str, found: dict[str, Any]) -> list[str]:
+    """Of one row of the table."""
     rates = {n: [a["positions"] / a["seconds"] for a in all_of] for n, all_of in found["answers"].items()}
-    share = [mine / most for mine, most in zip(rates["ours"], rates["ceiling"], strict=True)]
-    outside = [answer["outside_us"] for answer in found["answers"]["ours"] if answer["outside_us"]]
-    cells = [network, precision, cell(rates["ours"], ",.1f"), cell(rates["ceiling"], ",.1f"), cell(share, ".0%")]
+    ours, ceiling = rates["ours"], rates["ceiling"]
+    columns = [network, precision, f"{spread(ours):,.1f}", f"{spread(ceiling):,.1f}"]
+    columns.append(f"{spread(ratios(ours, ceiling)):.0%}")
     if "open_spiel" in rates:
-        ratio = [mine / theirs for mine, theirs in zip(rates["ours"], rates["open_spiel"], strict=True)]
-        cells += [cell(rates["open_spiel"], ",.1f"), cell(ratio, ".1f"), cell(outside, ".1f")]
+        peer = rates["open_spiel"]
+        outside = [answer["outside_us"] for answer in found["answers"]["ours"] if answer["outside_us"]]
+        columns += [f"{spread(peer):,.1f}", f"{spread(ratios(ours, peer)):.1f}", f"{spread(outside):.1f}"]
     form = "channels last" if found["channels_last"] else "contiguous"
-    return f"| {' | '.join(cells)} | {found['batch']}, {form} |"
-
-
-def cell(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    return [*columns, f"{found['batch']}, {form}"]
 
 
 def main() -> int:
@@ -364,14 +336,14 @@ def main() -> int:
     if arguments.serve:
         serve(arguments)
         return 0
-    peers = " | open_spiel, positions/s | times as fast | µs a leaf outside the network" * (arguments.device == "cpu")
-    print(f"| network | precision | positions/s | ceiling | share of the ceiling{peers} | network's batch |")
-    print("|" + "---|" * (6 + 3 * (arguments.device == "cpu")))
+    peer = ["open_spiel, positions/s", "times as fast", "µs a leaf outside the network"]
+    columns = ["network", "precision", "positions/s", "ceiling", "share of the ceiling"]
+    print(table([*columns, *(peer if arguments.device == "cpu" else []), "network's batch"]))
     figures: dict[str, Any] = {}
     for network in arguments.networks:
         for precision in arguments.precisions or PRECISIONS[arguments.device]:
-            figures[f"{network} {precision}"] = found = race(network, precision, arguments)
-            print(row(network, precision, found), flush=True)
+            figures[f"{network} {precision}"] = found = compare(network, precision, arguments)
+            print(row(cells(network, precision, found)), flush=True)
     measured = ("torch", "open_spiel") if arguments.device == "cpu" else ("torch",)
     versions = {name: metadata.version(name) for name in measured} | {"python": platform.python_version()}
     setting = f"{arguments.size}x{arguments.size}, {arguments.simulations} simulations, {arguments.games} games"
@@ -383,4 +355,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -22,16 +22,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from core.api.errors import exit_status
+from core.api.statistics import processes, race, ratios, row, spread, table
 
 SHAPES = ("8x200x40x1024", "4x400x80x1024", "8x200x40x256", "8x100x20x128", "16x60x12x32")
 """The first four are of the sizes of LibriSpeech utterances, with vocabularies of word pieces; the last one of spelt
@@ -147,42 +147,19 @@ def errors(shape: str, contenders: list[str], arguments: argparse.Namespace) -> 
     for name in contenders:
         found = gradients(name, torch.float32, make_loss(name)[0])
         off = [float((mine - true).norm() / true.norm()) for mine, true in zip(found, truth, strict=True)]
-        lines.append(f"| {shape} | {name} | {' | '.join(f'{value:.1e}' for value in off)} |")
+        lines.append(row([shape, name, *(f"{value:.1e}" for value in off)]))
     return lines
 
 
 # ------------------------------------------------------------------- the race
 
 
-def race(shape: str, contenders: list[str], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def compare(shape: str, contenders: list[str], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Contender -> what it answered in each round; the first round, in which caches fill, counts memory only."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     common = [f"--{name}={getattr(arguments, name)}" for name in ("width", "dropout", "lengths", "device")]
-    children = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--shapes", shape, "--serve", name, *common],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )
-        for name in contenders
-    }  # fmt: skip
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    try:
-        for number in range(arguments.rounds + 1):
-            turn = number % len(contenders)
-            for name in contenders[turn:] + contenders[:turn]:
-                child = children[name]
-                assert child.stdin and child.stdout
-                print("run", file=child.stdin, flush=True)
-                line = child.stdout.readline()
-                if not line:
-                    raise SystemExit(f"bench_transducer: {name} at {shape} ended with status {child.wait()}")
-                answers[name].append(json.loads(line))
-            print(f"{shape}: round {number} of {arguments.rounds} done", file=sys.stderr, flush=True)
-    finally:
-        for child in children.values():
-            child.kill()
-            child.wait()
-    return answers
+    command = [sys.executable, __file__, "--shapes", shape, *common]
+    with processes({name: [*command, "--serve", name] for name in contenders}) as served:
+        return race(served, arguments.rounds + 1, title=shape)
 
 
 def rows(shape: str, answers: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -194,15 +171,11 @@ def rows(shape: str, answers: dict[str, list[dict[str, Any]]]) -> list[str]:
         again = "" if found[-1]["revisited"] is None else f"{found[-1]['revisited']:.0%}"
         faster = smaller = ""
         if base:
-            gains = [b["seconds"] / a for b, a in zip(base[1:], seconds, strict=True)]
-            faster, smaller = cell(gains, ".2f"), f"{base[0]['peak'] / MIB / peak:.1f}"
-        time_ms = cell([s * 1e3 for s in seconds], ",.0f")
-        lines.append(f"| {shape} | {name} | {time_ms} | {faster} | {peak:,.0f} | {smaller} | {again} |")
+            gains = spread(ratios([b["seconds"] for b in base[1:]], seconds))
+            faster, smaller = f"{gains:.2f}", f"{base[0]['peak'] / MIB / peak:.1f}"
+        time_ms = spread([s * 1e3 for s in seconds])
+        lines.append(row([shape, name, f"{time_ms:,.0f}", faster, f"{peak:,.0f}", smaller, again]))
     return lines
-
-
-def cell(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> int:
@@ -223,15 +196,14 @@ def main() -> int:
         serve(arguments)
         return 0
     if arguments.errors:
-        print("| (B,T,U,V) | loss | encoded | predicted | weight | bias |\n|---|---|---|---|---|---|")
+        print(table(["(B,T,U,V)", "loss", "encoded", "predicted", "weight", "bias"]))
         for shape in arguments.shapes:
             print("\n".join(errors(shape, [c for c in contenders if c != "pruned"], arguments)), flush=True)
         return 0
-    print("| (B,T,U,V) | loss | ms | times faster | peak MiB | times smaller | cells again |")
-    print("|---|---|---|---|---|---|---|")
+    print(table(["(B,T,U,V)", "loss", "ms", "times faster", "peak MiB", "times smaller", "cells again"]))
     figures: dict[str, Any] = {}
     for shape in arguments.shapes:
-        figures[shape] = race(shape, contenders, arguments)
+        figures[shape] = compare(shape, contenders, arguments)
         print("\n".join(rows(shape, figures[shape])), flush=True)
     versions = {name: metadata.version(name) for name in ("torch", "torchaudio")} | {
         "python": platform.python_version()
@@ -245,4 +217,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

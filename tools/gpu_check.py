@@ -44,7 +44,7 @@ PROBES = {"count_flops": "CountFlops", "plain_hook": "PlainHook"}
 CORRECTNESS = {
     # Of its 16 steps an epoch 4 go by before an evaluation may be met.
     # Four steps an epoch: even the few on a CPU have evaluations among them.
-    "toy": ("workload=toy", "workload.dropout=0.2", "workload.target=1.0", "workload.examples=256"),
+    "toy": ("workload=toy", "workload.dropout=0.2", "workload.targets.accuracy=1.0", "workload.examples=256"),
     "resnet": ("workload=resnet", "data=synthetic", "workload.global_batch_size=64"),
     "bert": ("workload=bert", "data=synthetic"),
     "rnnt": ("workload=rnnt", "data=synthetic"),
@@ -56,7 +56,7 @@ CORRECTNESS = {
         "workload.games=64",
         "workload.parallel_games=64",
         "workload.epoch_examples=1024",
-        "workload.eval_first=99",
+        "workload.eval.first=99",
     ),
 }
 """Tried in this order, until one offers what an opt replaces; workloads not listed come after them, as they are."""
@@ -364,7 +364,7 @@ def correctness(check: Check) -> list[Row]:
     steps = f"stop.steps={STEPS[check.device]}"
 
     def place(spec: Any) -> tuple[str, ...]:
-        several = spec.requires & {"multi_rank", "multi_node"}
+        several = spec.requires & {"multi_rank", "multi_node", "process_group"}
         return ("backend=gloo", "launch.nproc=2") if several else check.backend
 
     def attempt(name: str) -> Row:
@@ -389,17 +389,20 @@ def correctness(check: Check) -> list[Row]:
 
 def ddp(check: Check) -> list[Row]:
     """DistributedDataParallel over NCCL at world size 1: bare, with a hook, and both inside the graph."""
-    place = ("backend=nccl", "backend.ddp=always", f"stop.steps={STEPS['cuda']}")
-    hooks = ["plain_hook", *(n for n, s in check.opts.items() if "ddp.comm_hook" in s.claims and not s.requires)]
+    place = ("backend=nccl", f"stop.steps={STEPS['cuda']}")
+    hooks = [
+        "plain_hook",
+        *(n for n, s in check.opts.items() if "gradient_exchange.hook" in s.claims and not s.requires),
+    ]
     declared = {**{name: spec.numerics for name, spec in check.opts.items()}, "plain_hook": "bitwise"}
     tasks: list[tuple[str, ...]] = [("cuda_graphs",), ("plain_hook",)]
     tasks += [("cuda_graphs", hook) for hook in hooks]
     tasks += [("cuda_graphs", "stream_overlap")] if "stream_overlap" in check.opts else []
-    fused = ("fused_optimizer",) if "fused_optimizer" in check.opts else ()
-    eager = check.run(*CORRECTNESS["toy"], *place, f"opt=[{','.join(fused)}]")
+    common = ("ddp", "fused_optimizer") if "fused_optimizer" in check.opts else ("ddp",)
+    eager = check.run(*CORRECTNESS["toy"], *place, f"opt=[{','.join(common)}]")
 
     def attempt(*opts: str) -> Row:
-        mine = check.run(*CORRECTNESS["toy"], *place, f"opt=[{','.join((*opts, *fused))}]")
+        mine = check.run(*CORRECTNESS["toy"], *place, f"opt=[{','.join((*opts, *common))}]")
         verdict, words = judge(mine, eager, opts, declared)
         evidence = "; ".join(mine.evidence.get(name, {}).get("summary", "") for name in opts)
         return {"opts": " + ".join(opts), "verdict": verdict, "words": words, "evidence": evidence}
@@ -436,7 +439,7 @@ def throughput(check: Check) -> list[Row]:
     names = [w for w in check.workloads if w not in NOT_TIMED[check.device]]
     arguments = {w: (f"workload={w}", *THROUGHPUT[check.device].get(w, ()), "data=synthetic") for w in names}
     seconds = "5" if check.cuda else "2"
-    timed = (*check.backend, "deterministic=false", f"stop.seconds={seconds}", "log_seconds=0.5", "warmup_steps=2")
+    timed = (*check.backend, "deterministic=false", f"stop.seconds={seconds}", "log_seconds=0.5", "prewarm_steps=2")
     flops: dict[str, float] = {}
     rows: list[Row] = []
     for variant, opts in VARIANTS.items():

@@ -1,16 +1,18 @@
-"""Prints what becomes of the installed opts, singly on every workload and in pairs, as two Markdown tables.
+"""The workloads, sizes and settings of the composition matrix; runs all of it and writes tests/matrix.json.
 
-    uv run python tools/matrix.py [WORKLOAD ...]
+    uv run python tools/matrix.py            every opt on every workload, and every pair, against tests/matrix.json
+    uv run python tools/matrix.py --write    the same; then writes what it found
 
-A sign says how the numbers relate to the baseline's (`=` the same bits, `~` within tolerance, `Δ` changed, as
-declared). `x` is a conflict that the opts declare, `·` means that the workload lacks what an opt replaces, `○` that
-this machine lacks what one requires. Each pair is tried on the first workload that offers both, in an order that
-differs from pair to pair. Anything else is a defect, named on stderr, and ends in exit status 1.
+Each pair is tried on the first workload that offers both, in an order that differs from pair to pair. A verdict that
+differs from tests/matrix.json is named on stderr and ends in exit status 1. `tools/generate.py` makes the page
+plugins/opts/MATRIX.md of the file; `pytest -m matrix` runs the same compositions as tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import json
 import os
 import shutil
 import sys
@@ -23,6 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from core.testing.matrix import Cell, installed_opts, pairs, try_composition
+
+VERDICTS = Path(__file__).parent.parent / "tests" / "matrix.json"
+"""What was agreed: {"alone": {workload: {opt: verdict}}, "together": {"opt+opt": [workload, verdict, words]}}."""
 
 
 def small_images() -> str:
@@ -39,7 +44,7 @@ def small_images() -> str:
 
 WORKLOADS = {
     # An epoch of two or three steps, and so an evaluation that the steps after it can hide.
-    "toy": ("workload=toy", "workload.examples=192", "workload.target=1", "stop.steps=6"),
+    "toy": ("workload=toy", "workload.examples=192", "workload.targets.accuracy=1", "stop.steps=6"),
     "resnet": ("workload=resnet", "workload.width=8", f"data.root={small_images()}", "stop.steps=4"),
     "bert": (
         "workload=bert", "data=synthetic", "workload.synthetic_fill=0.4", "workload.global_batch_size=8",
@@ -52,13 +57,13 @@ WORKLOADS = {
     ),
     "maskrcnn": (
         "workload=maskrcnn", "workload.width=8", "workload.train_scenes=32", "workload.eval_scenes=4",
-        "workload.global_batch_size=8", "workload.eval_first_epoch=1", "workload.least_score=0.0001", "stop.epochs=1",
+        "workload.global_batch_size=8", "workload.eval.first=1", "workload.least_score=0.0001", "stop.epochs=1",
     ),
     "minigo": (
         "workload=minigo", "workload.width=8", "workload.blocks=1", "workload.games=16", "workload.simulations=4",
         "workload.epoch_examples=64", "workload.global_batch_size=32", "workload.eval_games=4",
-        "workload.opponent_simulations=2", "workload.eval_first=1", "workload.eval_every=1", "workload.target=1",
-        "stop.epochs=3",
+        "workload.opponent_simulations=2", "workload.eval.first=1", "workload.eval.every=1",
+        "workload.targets.win_rate=1", "stop.epochs=3",
     ),
 }  # fmt: skip
 """Small enough for seconds a run."""
@@ -69,57 +74,74 @@ SETTINGS = {
     "stream_overlap": ("opt.stream_overlap.profile_after=1",),
 }
 """What single opts need to run here, and fast."""
-TRIPLES = [("cuda_graphs", "stream_overlap", "sharp")]
-SIGNS = {"bitwise": "=", "tolerance": "~", "changes": "Δ"}
-REFUSALS = {"conflict": "x", "not offered": "·", "not here": "○", "broken": "**!**"}
+TRIPLES = [("cuda_graphs", "stream_overlap", "sharp"), ("ddp", "grad_accumulation", "tensor_parallel")]
 
 
-def sign(cell: Cell) -> str:
-    return SIGNS[cell.words] if cell.verdict == "trains" else REFUSALS[cell.verdict]
+def agreed() -> dict[str, dict]:
+    """What tests/matrix.json holds."""
+    return json.loads(VERDICTS.read_text())
 
 
-def try_pair(opts: Sequence[str], workloads: Sequence[str]) -> tuple[str, Cell]:
-    """What becomes of several opts together, and on which workload: all are alike to them but for what it offers."""
+def try_alone(opt: str, workload: str) -> Cell:
+    return try_composition(WORKLOADS[workload], (opt,), SETTINGS)
+
+
+def try_together(opts: Sequence[str], workloads: Sequence[str] = tuple(WORKLOADS)) -> tuple[str, Cell]:
+    """The result of several opts together, and the workload it was found on: the first that offers all of them."""
     start = sum(map(ord, "".join(opts))) % len(workloads)
     for workload in (*workloads[start:], *workloads[:start]):
         cell = try_composition(WORKLOADS[workload], opts, SETTINGS)
-        if cell.verdict != "not offered":
+        if cell.verdict != "not_offered":
             return workload, cell
     return "none", cell
 
 
-def main() -> int:
-    workloads, opts = sys.argv[1:] or list(WORKLOADS), sorted(installed_opts())
-    compositions = [*pairs(), *TRIPLES]
-    singles = [(name, workload) for name in opts for workload in workloads]
+def run_all() -> dict[str, dict]:
+    """Every composition, in as many processes as there are cores; in the form of tests/matrix.json."""
+    opts, compositions = sorted(installed_opts()), [*pairs(), *TRIPLES]
+    singles = [(name, workload) for workload in WORKLOADS for name in opts]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        alone = pool.map(
-            try_composition, *zip(*((WORKLOADS[w], (name,), SETTINGS) for name, w in singles), strict=True)
-        )
-        together = pool.map(try_pair, compositions, [workloads] * len(compositions))
-        found = {(name, w): (w, cell) for (name, w), cell in zip(singles, alone, strict=True)}
-        found |= dict(zip(compositions, together, strict=True))
-    broken = {key: (w, cell) for key, (w, cell) in found.items() if cell.verdict == "broken"}
-    for composition, (workload, cell) in broken.items():
-        print(f"{workload}, {' '.join(composition)}: {cell.words}", file=sys.stderr)
-    print_table(["alone", *workloads], [[name, *(sign(found[name, w][1]) for w in workloads)] for name in opts])
-    numbered = [f"{number} {name}" for number, name in enumerate(opts, 1)]
-    rows = [
-        [title, *("" if one == two else sign(found[min(one, two), max(one, two)][1]) for two in opts)]
-        for title, one in zip(numbered, opts, strict=True)
-    ]
-    print_table(["together", *(str(number + 1) for number in range(len(opts)))], rows)
-    for triple in TRIPLES:
-        print(f"\n{' + '.join(triple)}: {sign(found[triple][1])}")
-    words = [cell.words for _, cell in found.values() if cell.verdict == "conflict"]
-    print("\nConflicts:\n", *(f"- {text}" for text in dict.fromkeys(words)), sep="\n")
-    return 1 if broken else 0
+        alone = list(pool.map(try_alone, *zip(*singles, strict=True)))
+        together = list(pool.map(try_together, compositions))
+    found: dict[str, dict] = {"alone": {workload: {} for workload in WORKLOADS}, "together": {}}
+    for (name, workload), cell in zip(singles, alone, strict=True):
+        found["alone"][workload][name] = cell.verdict
+        _complain(f"{name} on {workload}", cell)
+    for names, (workload, cell) in zip(compositions, together, strict=True):
+        words = [cell.words] if cell.verdict == "conflict" else []
+        found["together"]["+".join(names)] = [workload, cell.verdict, *words]
+        _complain(f"{'+'.join(names)} on {workload}", cell)
+    return found
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(row)} |")
-    print()
+def _complain(what: str, cell: Cell) -> None:
+    if cell.verdict == "broken":
+        print(f"{what}: {cell.words}", file=sys.stderr)
+
+
+def differences(found: dict[str, dict], old: dict[str, dict]) -> list[str]:
+    """The compositions whose verdict is another one than before, in words."""
+    lines: list[str] = []
+    for workload, cells in found["alone"].items():
+        was = old["alone"].get(workload, {})
+        lines += [f"{o} on {workload}: {was.get(o)} -> {v}" for o, v in cells.items() if was.get(o) != v]
+    for names, (_, verdict, *_) in found["together"].items():
+        was = old["together"].get(names, [None, None])[1]
+        lines += [f"{names}: {was} -> {verdict}"] if was != verdict else []
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write what was found to tests/matrix.json")
+    write = parser.parse_args().write
+    found = run_all()
+    changed = differences(found, agreed() if VERDICTS.exists() else {"alone": {}, "together": {}})
+    print(*changed or ["every verdict is as agreed"], sep="\n")
+    broken = "broken" in json.dumps(found)
+    if write and not broken:
+        VERDICTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return 1 if broken or (changed and not write) else 0
 
 
 if __name__ == "__main__":

@@ -6,11 +6,16 @@ where the batch size does not divide the number of examples; `Batch.weight` make
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.api.errors import DataError
+from core.api.config import EvalConfig
+from core.api.errors import DataError, UsageError
+from core.api.types import EvalCadence
+
+__all__ = ["EpochSampler", "Share", "eval_cadence", "eval_share"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,14 @@ class EpochSampler:
             share = eval_share(len(batch), self.rank, self.world_size)
             mine = batch[share.start : share.stop]
             yield Share(number, mine, len(batch), weight=len(mine) * self.world_size / len(batch))
+
+
+def eval_cadence(config: EvalConfig, every: int = 1, unit: Literal["epochs", "samples"] = "epochs") -> EvalCadence:
+    """When to evaluate. `every` and its `unit` are what the workload derives where the configuration has null."""
+    if config.every is None and config.unit != unit:
+        raise UsageError(f"workload.eval.unit={config.unit} needs workload.eval.every: null is in {unit} here")
+    every = config.every or every
+    return EvalCadence(every, config.first or every, "samples" if config.unit == "samples" else "epochs")
 
 
 def eval_share(examples: int, rank: int, world_size: int) -> range:

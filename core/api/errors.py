@@ -1,10 +1,30 @@
-"""Typed errors: each becomes one line on stderr, one exit status and one `error` entry in result.json."""
+"""Typed errors: each becomes one line on stderr, one exit status and one `error` entry in result.json.
+
+Refusals have kinds, which tests and tools compare (their words may change): `usage`, `plugin`, `conflict`,
+`not_offered`, `not_here`.
+"""
 
 import difflib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
+
+__all__ = [
+    "EXIT_CODES",
+    "CheckpointError",
+    "ConflictError",
+    "DataError",
+    "DivergedError",
+    "NotHereError",
+    "NotOfferedError",
+    "OutOfMemoryError",
+    "PluginError",
+    "TimetrialError",
+    "UsageError",
+    "exit_status",
+    "nearest",
+]
 
 EXIT_CODES = {"success": 0, "throughput": 0, "failed": 1, "diverged": 3, "not_converged": 4, "stopped": 75}
 """Status of a run -> exit status. 75 is EX_TEMPFAIL of sysexits.h: stopped by a signal and resumable."""
@@ -45,6 +65,18 @@ class PluginError(UsageError, kind="plugin", exit_code=2):
     """A plugin that cannot be discovered, loaded or composed."""
 
 
+class ConflictError(UsageError, kind="conflict", exit_code=2):
+    """Plugins or settings that exclude each other."""
+
+
+class NotOfferedError(UsageError, kind="not_offered", exit_code=2):
+    """An opt that this workload has nothing for: a seam, a kind of layer or a captured part is missing."""
+
+
+class NotHereError(UsageError, kind="not_here", exit_code=2):
+    """Something that this machine or this number of ranks cannot provide."""
+
+
 class DataError(TimetrialError, kind="data"):
     """Missing, corrupt or too little data; names the file and how to prepare it."""
 
@@ -70,6 +102,7 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     try:
         return command()
     except TimetrialError as error:
+        sys.last_value = error  # as the interpreter does with an error that it prints: for whoever runs this in-process
         return error.show("--debug" in sys.argv)
     except KeyboardInterrupt:
         return StoppedError(stopped).show()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from core.api.errors import UsageError
 from core.api.types import Batch, Outputs, Position, Step
 
+__all__ = ["strike"]
+
 VARIABLE = "TIMETRIAL_FAULT"
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
 

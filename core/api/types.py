@@ -1,6 +1,7 @@
 """The data that crosses an interface between core and a plugin. Imports without torch: specs are read by `--help`.
 
-Terms: *rank* is one process, *world size* their number; the *global batch* is what all ranks consume in one step.
+Terms: a *rank* is one process and the *world size* their number; ranks that train on different examples are *data
+ranks*; the *global batch* is what all of them consume in one step.
 """
 
 # pyright: reportReturnType=false
@@ -8,20 +9,72 @@ Terms: *rank* is one process, *world size* their number; the *global batch* is w
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from core.api.batch import (
+    Batch,
+    Capture,
+    EvalCadence,
+    Evaluate,
+    Forward,
+    Outputs,
+    Pending,
+    Position,
+    Purpose,
+    Quality,
+    Step,
+    StepParts,
+    Target,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from core.api.config import RunConfig
+    from core.api.mesh import Dimension, Mesh
+    from core.api.seams import Seam
+    from core.api.sidecar import Sidecar
+
+__all__ = [
+    "Backend",
+    "BackendSpec",
+    "Batch",
+    "Capture",
+    "Command",
+    "Devices",
+    "EvalCadence",
+    "Evaluate",
+    "Evidence",
+    "Forward",
+    "Job",
+    "Launcher",
+    "Layout",
+    "Numerics",
+    "OptSpec",
+    "Outputs",
+    "Pending",
+    "Plan",
+    "Plugin",
+    "PluginSpec",
+    "Position",
+    "Purpose",
+    "Quality",
+    "Ranks",
+    "RunContext",
+    "Step",
+    "StepParts",
+    "Target",
+    "Workload",
+    "WorkloadSpec",
+]
 
 Numerics = Literal["bitwise", "tolerance", "changes"]
-Kind = Literal["workload", "backend", "opt"]
+Kind = Literal["workload", "backend", "opt", "tracker", "launcher", "command"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +88,13 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSpec:
-    """What every plugin says about itself."""
+    """What every plugin says about itself; all that a tracker, a launcher or a command says."""
 
     interface: int  # the version of the interface it was built for (`core.INTERFACE`)
-    summary: str  # one line for `python -m core.plugins` and the README's table
+    summary: str  # one line for `timetrial plugins` and the README's table
     requires: frozenset[str] = frozenset()
-    """Capabilities: what the backend provides ("cuda"), "multi_rank", "multi_node", or "cxx" (a C++ compiler)."""
+    """Capabilities: what the backend provides ("cuda", "process_group"), "multi_rank", "multi_node", or "cxx" (a C++
+    compiler)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,92 +113,21 @@ class OptSpec(PluginSpec):
     """Names of opts it cannot run with, each with the reason."""
     wraps: frozenset[str] = frozenset()  # names of opts that must lie inside this one, where both are chosen
     claims: frozenset[str] = frozenset()
-    """Exclusive resources, such as "ddp.comm_hook": two opts that claim the same one conflict."""
-    components: frozenset[str] = frozenset()
-    """Components it replaces; at least one must be offered by the workload, or the opt would be silently inactive."""
+    """Exclusive roles: two opts that claim the same one conflict. "gradient_exchange": it averages the gradients of the
+    data ranks; "gradient_exchange.hook": it decides how DistributedDataParallel exchanges a bucket."""
+    replaces: frozenset[Seam[Any]] = frozenset()
+    """Seams it acts on; at least one must be offered in a run, or the opt would be silently inactive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadSpec(PluginSpec):
     benchmark: str
     """Name in MLPerf Training v1.1, for the log: resnet, bert, rnnt, maskrcnn, minigo, ssd, dlrm, unet3d."""
-    capture: Literal["step", "partial", "none"] = "none"  # how much of a training step can be captured into a graph
-    capture_parts: tuple[str, ...] = ()  # with `capture="partial"`: names of the model's submodules that can be
-    static_shapes: bool = False
+    preparation: frozenset[str] = frozenset()
+    """Keys of its configuration that `core.prepare` depends on. Files that were prepared with the same values of these
+    serve, whatever the other keys are."""
     batch_statistics: bool = False
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """This rank's share of one global batch."""
-
-    data: Any  # a pytree of tensors whose shapes the workload documents
-    samples: int  # examples that the step consumes, over all ranks
-    weight: float = 1.0
-    """Local examples x world size / global examples: the mean over ranks of weighted losses is the global mean."""
-
-
-Outputs = dict[str, "Tensor"]
-Forward = Callable[[Any], Any]  # inference: `batch.data -> pytree of tensors`, on the device, without gradient
-Pending = Callable[[bool], dict[str, float] | None]
-"""An evaluation that goes on beside the training: `pending(wait)` gives the quality, or None while it is not known and
-not to be waited for. Every rank asks after the same step and is given the same answer."""
-Quality = dict[str, float] | Pending
-"""What an evaluation of the whole evaluation set gives: its value by metric, at once or later."""
-Evaluate = Callable[[Forward], Quality]
-Step = Callable[[Batch], Outputs]
-"""One training step: device tensors out, no host synchronisation; "loss" is the mean loss times `Batch.weight`."""
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """The two halves of a training step. `forward_backward` leaves gradients; `update` applies and then clears them."""
-
-    forward_backward: Step
-    update: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One quality threshold; a run succeeds when all of its workload's targets are met."""
-
-    metric: str
-    value: float
-    higher_is_better: bool = True
-    log_name: str = ""  # its key in mllog's eval_accuracy where a workload has several targets, such as "BBOX"
-
-    def met(self, quality: Mapping[str, float]) -> bool:
-        value = quality[self.metric]
-        return value >= self.value if self.higher_is_better else value <= self.value
-
-
-@dataclass(frozen=True)
-class EvalCadence:
-    """When to evaluate: after `first`, then after every `every` epochs or samples (v1.1 rules, "evaluate every")."""
-
-    every: int
-    first: int
-    unit: Literal["epochs", "samples"] = "epochs"
-
-    def next_after(self, done: int) -> int:
-        """The first evaluation point beyond `done` epochs or samples."""
-        return self.first if done < self.first else self.first + ((done - self.first) // self.every + 1) * self.every
-
-
-@dataclass
-class Position:
-    """Where training stands; saved in every checkpoint. Epochs count from 1 (v1.1 rules)."""
-
-    epoch: int = 1
-    batch: int = 0  # batches of this epoch that are done
-    step: int = 0
-    samples: int = 0
-
-    @property
-    def epochs_done(self) -> int:
-        """Epochs begun, or finished where none is under way."""
-        return self.epoch - (self.batch == 0)
 
 
 class Backend(Protocol):
@@ -155,7 +138,8 @@ class Backend(Protocol):
     device: torch.device
 
     def all_gather(self, values: list[float]) -> list[list[float]]:
-        """Every rank's `values` (same length everywhere), in rank order. Doubles; a few numbers, not for tensors."""
+        """Every rank's `values` (same length everywhere), in rank order. Doubles; a few numbers, not for tensors.
+        Workloads use `RunContext.gather`, which counts each example once however the model is split."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (plain data) on every rank."""
@@ -166,8 +150,35 @@ class Backend(Protocol):
     def shutdown(self) -> None: ...
 
 
+class Layout(Protocol):
+    """How the state of the model lies on the ranks. Core's own is for a model that each rank holds whole; an opt that
+    splits parameters wraps it in the hook `lay_out`. All ranks call each method together, except `local_parameters`.
+
+    *Whole* states are what a single rank without any opt would have: tensors of full size under the workload's names,
+    and the optimizer's state by the number that a parameter has in the whole model.
+    """
+
+    def local_parameters(self) -> Iterable[Tensor]:
+        """What this rank holds of each parameter, as plain tensors; some may be empty."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The whole parameters and buffers; buffers may differ from rank to rank."""
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes this rank's part out of a whole state."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole state of the optimizer."""
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes this rank's part out of a whole state."""
+
+
 class Workload(Protocol):
-    """What a workload plugin returns from `make_workload`. Every random draw must come from `ctx.seed_for(...)`."""
+    """What a workload plugin returns from `make_workload`. Every random draw must come from `ctx.seed_for(...)`.
+
+    It sees data ranks alone: `ctx.data_rank`, `ctx.data_size` and `ctx.gather`.
+    """
 
     spec: WorkloadSpec
     targets: list[Target]
@@ -176,6 +187,7 @@ class Workload(Protocol):
     global_batch_size: int
     train_samples: int
     eval_samples: int
+    capture: Capture
 
     def check_data(self) -> None:
         """Before the clock: files exist and sums match (DataError), without reading training examples."""
@@ -195,8 +207,10 @@ class Workload(Protocol):
         """This rank's batches of one epoch, in host memory or on the device, from batch number `first_batch` on: the
         same as when the epoch is read from its start. Every rank yields equally many. Another thread may iterate."""
 
-    def synthetic_batch(self) -> Batch:
-        """A full-sized batch of random data on the device; touches no file."""
+    def example_batches(self) -> Iterable[Batch]:
+        """A batch of random data for each shape that matters, the most wanted first; each is made when it is asked for
+        and touches no file. The first is a full batch: synthetic runs train on it and the warm-up uses it. Where there
+        is only one, every full batch of training has its shape; a captured part may be all that later ones fit."""
 
     def loss(self, model: nn.Module, data: Any) -> Outputs:
         """At least "loss": the mean over the local examples, a scalar with gradient."""
@@ -216,15 +230,6 @@ class Workload(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@runtime_checkable
-class Bucketed(Protocol):
-    """A workload with `capture="partial"` whose batches come in other shapes than that of its synthetic batch."""
-
-    def capture_batches(self) -> Iterable[Batch]:
-        """A synthetic batch on the device for each shape that `capture_parts` may meet, those first that are wanted
-        most: some may be left out. Each is made when it is asked for. What the parts are not given may be small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +261,69 @@ class Plugin:
         """Takes back what `state_dict` gave."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How many processes a run has."""
+
+    world_size: int
+    per_node: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a launcher starts: a process for each rank, and what it has to find."""
+
+    run_dir: Path
+    ranks: Ranks
+    command: tuple[str, ...]
+    """argv of one rank. Its environment must hold RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT, as torch.distributed.run sets them, beside what this process has."""
+    run_here: Callable[[], int] | None
+    """Runs the only rank in this process and returns its exit status; None where there are several, or where the run
+    must have its own process."""
+
+
+class Launcher(Plugin):
+    """The base class of launchers: how the processes of a run are started. `Config` inherits `LaunchConfig`."""
+
+    def ranks(self) -> Ranks:
+        """How many it starts. Torch-free; asked for while the command is checked."""
+        raise NotImplementedError
+
+    def launch(self, job: Job) -> int:
+        """Starts the ranks, waits for them and returns an exit status: 0 where all came to an end, whatever the run's
+        own status. A rank leaves what went wrong in `job.run_dir`/errors."""
+        raise NotImplementedError
+
+
+class Command(Plugin):
+    """The base class of commands: `timetrial NAME ...`. What it prints on `--help` is up to its own parser."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Returns the exit status; TimetrialError becomes one line."""
+        raise NotImplementedError
+
+
+class Plan(Protocol):
+    """What is known before a process starts: what the hook `check` may look at. Torch-free."""
+
+    seed: int
+    world_size: int
+    ranks_per_node: int
+    dimensions: tuple[Dimension, ...]
+
+    @property
+    def root(self) -> RunConfig: ...
+
+    @property
+    def opts(self) -> tuple[str, ...]:
+        """Names of the opts, from the innermost to the outermost."""
+
+    @property
+    def workload(self) -> str:
+        """Name of the workload's option, such as "bert_mlperf"."""
+
+
 @dataclass(kw_only=True)
 class RunContext:
     """What hooks are given: the configuration, this rank's place, and what has been built so far."""
@@ -263,23 +331,38 @@ class RunContext:
     config: RunConfig
     run_dir: Path
     seed: int
-    nproc_per_node: int = field(default_factory=lambda: int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ranks_per_node: int = 1
+    sidecar: str = ""
+    """In a helper process beside a rank: the name of the opt that started it. Empty in a rank."""
     position: Position = field(default_factory=Position)
     # Filled in, in this order, while the run is built:
     backend: Backend = field(init=False)
+    mesh: Mesh = field(init=False)
     workload: Workload = field(init=False)
     model: nn.Module = field(init=False)
     """The bare model: parameters and buffers under the workload's own names, whatever wraps it."""
     distributed_model: nn.Module = field(init=False)  # what `distribute` made of it: the module that training calls
     optimizer: torch.optim.Optimizer = field(init=False)
+    layout: Layout = field(init=False)
+    parts: StepParts = field(init=False)
     infer: Forward = field(init=False)
     """Inference as the opts made it, for a workload's own use: call it in evaluation mode and without gradient."""
     feed: Callable[[Iterable[Any]], Iterator[Any]] = field(init=False)
-    """Moves pytrees of tensors (a `Batch` is one), one after the other, to the device."""
-    component: Callable[[str, Any], Any] = field(init=False)
-    """`component(name, default)` offers a seam to the opts by name and returns what they made of `default`."""
+    """Moves the data of evaluation batches (pytrees of tensors), one after the other, to the device: through the opts'
+    transforms, as training batches go."""
+    evaluate: Callable[[], Quality] = field(init=False)
+    """The evaluation of the model as it is now, as the opts made it."""
+    offers: Callable[[Seam[Any], Any], Any] = field(init=False)
+    to_device: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
+    """The road of every batch: through the opts' transforms and the feed, one after the other and in order."""
+    start_sidecar: Callable[..., Sidecar] = field(init=False)
+    """`start_sidecar(name, serve, device, threads, alone=True)`: see `core.api.sidecar`."""
     figures: dict[str, Any] = field(default_factory=dict[str, Any])
     """Counts that plugins want in result.json, such as "bad_examples"."""
+
+    def offer(self, seam: Seam[T], default: T) -> T:
+        """Offers a seam to the opts; returns what they made of `default`."""
+        return self.offers(seam, default)
 
     @property
     def rank(self) -> int:
@@ -290,12 +373,28 @@ class RunContext:
         return self.backend.world_size
 
     @property
+    def data_rank(self) -> int:
+        """Which share of each global batch is this rank's."""
+        return self.mesh.data_rank
+
+    @property
+    def data_size(self) -> int:
+        """How many shares a global batch is cut into."""
+        return self.mesh.data_size
+
+    @property
     def device(self) -> torch.device:
         return self.backend.device
 
     @property
     def synthetic(self) -> bool:
         return self.config.data.source == "synthetic"
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The `values` of every data rank (same length everywhere), in order: doubles, a few numbers. All ranks call it
+        together."""
+        table = self.backend.all_gather(values)
+        return [table[rank] for rank in self.mesh.speakers]
 
     def seed_for(self, *names: str | int) -> int:
         """A 63-bit seed for one purpose, such as `("shuffle", epoch)`: a function of the run's seed and the names."""

@@ -1,7 +1,8 @@
 """Installed plugins, from package metadata alone: nothing is imported until a plugin is chosen.
 
 A plugin is an entry point in the group `timetrial.<kind>`; its name is the name of the configuration option, which lies
-in the plugin's package as `conf/<kind>/<name>.yaml`. Several options may share one plugin class.
+in the plugin's package as `conf/<group>/<name>.yaml`. The group is the kind, but "launch" for launchers; commands have
+none. Several options may share one plugin class.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from core.api.errors import PluginError, nearest
 from core.api.types import Kind, Plugin
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+GROUPS: dict[Kind, str] = {kind: "launch" if kind == "launcher" else kind for kind in KINDS if kind != "command"}
+"""Kind of plugin -> configuration group on the command line."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,19 @@ class Installed:
     def conf_dir(self) -> Path:
         return self.package_dir / "conf"
 
+    @property
+    def conf_file(self) -> Path:
+        """The YAML of this option."""
+        return self.conf_dir / GROUPS[self.kind] / f"{self.name}.yaml"
+
+    @property
+    def who(self) -> str:
+        """For messages."""
+        return f"{self.kind} '{self.name}' (distribution {self.distribution} {self.version})"
+
     def load(self) -> type[Plugin]:
         """Imports the plugin's class. PluginError if that fails, or if it was built for another interface."""
-        who = f"{self.kind} '{self.name}' (distribution {self.distribution} {self.version})"
+        who = self.who
         try:
             plugin = metadata.EntryPoint(self.name, self.target, f"timetrial.{self.kind}").load()
         except Exception as error:
@@ -56,16 +69,21 @@ class Installed:
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
             raise PluginError(f"{who}: {self.target} is not a subclass of core.api.types.Plugin")
         if plugin.spec.interface != INTERFACE:
-            built = f"{who} was built for interface {plugin.spec.interface}"
-            raise PluginError(f"{built}, but this core has interface {INTERFACE}: install releases that fit")
+            built = f"{who} was built for interface {plugin.spec.interface}, but this core has interface {INTERFACE}"
+            raise PluginError(f"{built}: install releases that fit, or port it as core/api/MIGRATION.md describes")
         return plugin
 
     def source_hash(self) -> str:
         """SHA-256 over the package's Python and YAML files: what code a result came from."""
-        digest = hashlib.sha256()
-        for path in sorted(p for p in self.package_dir.rglob("*") if p.suffix in (".py", ".yaml")):
-            digest.update(str(path.relative_to(self.package_dir)).encode() + b"\0" + path.read_bytes())
-        return digest.hexdigest()
+        return source_hash(self.package_dir)
+
+
+def source_hash(folder: Path, without: Path | None = None) -> str:
+    """SHA-256 over the names and contents of the Python and YAML files in `folder`, those in `without` left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".yaml") and without not in p.parents):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class Registry:
@@ -96,12 +114,12 @@ class Registry:
 
 
 def discover(blocked: Iterable[str] = (), allowed: Iterable[str] | None = None) -> Registry:
-    """Every installed plugin, or only those in `allowed`, less those in `blocked`."""
+    """Every installed plugin, or only those in `allowed` and core's own, less those in `blocked`."""
     found: dict[tuple[str, str, str], Installed] = {}
     points = metadata.entry_points()
     for kind in KINDS:
         for point in points.select(group=f"timetrial.{kind}"):
-            if point.dist is not None and (allowed is None or point.name in allowed):
+            if point.dist is not None and (allowed is None or point.name in allowed or point.dist.name == "timetrial"):
                 about = point.dist.metadata  # parsed anew each time that it is asked for
                 distribution = re.sub(r"[-_.]+", "-", about["Name"]).lower()
                 plugin = Installed(kind, point.name, point.value, distribution, about["Version"])

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from mlperf_logging.mllog import constants
 
 from core.api.errors import EXIT_CODES, DivergedError, StoppedError
+from core.api.progress import Progress
 from core.api.types import Position, Quality, RunContext
-from core.state.record import Record
-from core.state.report import Progress, quality_text
+from core.state.record import Metrics
+from core.state.report import quality_text
 
 _MAX_INTERVAL = 10_000  # most steps between two looks: so many losses are kept on the device in between
-_SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "train_seconds", "started_at")
+_SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "block_epochs", "train_seconds", "started_at")
 """What a checkpoint holds of a watch, besides its position and its clock."""
 
 
@@ -51,8 +51,10 @@ class Signals:
 class Watch:
     """Looks after the loop. `due` is the step at which to look next, the same on every rank."""
 
-    def __init__(self, ctx: RunContext, record: Record, hooks: Any, signals: Signals, save: Callable[[], None]) -> None:
-        self.ctx, self.record, self.hooks, self.signals, self.save = ctx, record, hooks, signals, save
+    def __init__(
+        self, ctx: RunContext, metrics: Metrics, hooks: Any, signals: Signals, save: Callable[[], None]
+    ) -> None:
+        self.ctx, self.metrics, self.hooks, self.signals, self.save = ctx, metrics, hooks, signals, save
         self.position, self.progress = ctx.position, Progress(ctx.rank == 0)
         self.due = 1
         # The losses since the last look, which came after step `looked`. In one buffer, since keeping each step's own
@@ -63,23 +65,25 @@ class Watch:
         self._targets = {target.metric: target.value for target in ctx.workload.targets}
         self.quality: dict[str, float] = {}  # of the last evaluation, which came after step `evaluated_step`
         self.evaluated_step = -1
-        self._under_way: tuple[Quality, Position, int] | None = None  # with position and epoch
-        self.block_epoch = 0  # the first epoch of the open block; 0 between blocks
+        self._under_way: tuple[Quality, Position, int] | None = None  # with position and count
+        self.block_epoch = self.block_epochs = 0  # the first epoch of the open block, and how many; 0 between blocks
         self.train_seconds = 0.0  # spent in blocks, without evaluation
         self.started_at = 0.0  # Unix time of the very first start
         self._carried = 0.0  # seconds on the clock of the run that is continued
         signals.watch = self
 
     def state_dict(self) -> dict[str, Any]:
-        logs = {"logs": self.record.offsets(), "clock_s": self.seconds(), "position": vars(self.position)}
-        return {name: getattr(self, name) for name in _SAVED} | logs
+        rest = {"metrics": self.metrics.offset(), "clock_s": self.seconds(), "position": vars(self.position)}
+        return {name: getattr(self, name) for name in _SAVED} | rest
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], same_folder: bool) -> None:
+        """In another folder than the one that the state was saved in the run begins with a block."""
         vars(self).update((name, state[name]) for name in _SAVED)
         vars(self.position).update(state["position"])
         self._carried = state["clock_s"]
         self.next_eval = min(self.next_eval, self.ctx.workload.eval_cadence.next_after(self._done))
-        self.block_epoch *= self.record.continued  # in a log of its own the run begins with a block
+        if not same_folder:
+            self.block_epoch = 0
 
     def begin(self) -> None:
         """Starts the clock, from where training (re)starts."""
@@ -96,10 +100,8 @@ class Watch:
         """Starts a block unless one is open, as it is after a resume in its middle."""
         if self.block_epoch == 0:
             self.block_epoch = self.position.epoch
-            count = 1 if self._by_samples else self.next_eval - self.position.epoch + 1
-            metadata = {"first_epoch_num": self.block_epoch, "epoch_count": count}
-            self.record.mllog.start(constants.BLOCK_START, None, metadata)
-            self.hooks.on_block(ctx=self.ctx, position=self.position, event="start")
+            self.block_epochs = 1 if self._by_samples else self.next_eval - self.position.epoch + 1
+            self._tell_block("start")
             self._look_at = time.perf_counter()
 
     def close_block(self) -> None:
@@ -108,12 +110,15 @@ class Watch:
             self._exchange()
         self._check_parameters()
         self._end_block()
-        self.record.mllog.start(constants.EVAL_START, None, {"epoch_num": self._done})
+        self.hooks.on_eval(ctx=self.ctx, position=self.position, done=self._done, quality=None)
 
     def _end_block(self) -> None:
-        self.record.mllog.end(constants.BLOCK_STOP, None, {"first_epoch_num": self.block_epoch})
-        self.hooks.on_block(ctx=self.ctx, position=self.position, event="stop")
+        self._tell_block("stop")
         self.block_epoch = 0
+
+    def _tell_block(self, event: str) -> None:
+        first, count = self.block_epoch, self.block_epochs
+        self.hooks.on_block(ctx=self.ctx, position=self.position, event=event, first_epoch=first, epochs=count)
 
     @property
     def _done(self) -> int:
@@ -134,23 +139,18 @@ class Watch:
         Returns whether it met every target. DivergedError where the quality is not finite."""
         if self._under_way is None:
             return False
-        outcome, position, epoch = self._under_way
+        outcome, position, done = self._under_way
         quality = outcome if isinstance(outcome, dict) else outcome(wait)
         if quality is None:
             return False
-        self._under_way, self.quality, targets = None, quality, self.ctx.workload.targets
-        mllog, seconds = self.record.mllog, self.seconds()
-        several = {target.log_name: quality[target.metric] for target in targets}
-        accuracy = several if len(targets) > 1 else quality[targets[0].metric]
-        mllog.event(constants.EVAL_ACCURACY, accuracy, {"epoch_num": epoch})
-        mllog.end(constants.EVAL_STOP, None, {"epoch_num": epoch})
-        self.record.metrics(position, time_s=seconds, quality=quality)
+        self._under_way, self.quality, seconds = None, quality, self.seconds()
+        self.metrics.write(position, time_s=seconds, quality=quality)
         self.progress.print(f"{seconds:8.1f} s  epoch {position.epochs_done:<3} {quality_text(quality, self._targets)}")
+        self.hooks.on_eval(ctx=self.ctx, position=position, done=done, quality=quality)
         self._look_at = time.perf_counter()
         if not all(map(math.isfinite, quality.values())):
             raise DivergedError(f"the quality after step {position.step} is not finite: {quality}", step=position.step)
-        self.hooks.on_eval(ctx=self.ctx, position=position, quality=quality)
-        met = all(target.met(quality) for target in targets)
+        met = all(target.met(quality) for target in self.ctx.workload.targets)
         if met and self.block_epoch:  # training went on meanwhile
             self._end_block()
         return met
@@ -192,20 +192,21 @@ class Watch:
             min(max(1.0, round(config.log_seconds * steps / elapsed)), _MAX_INTERVAL),
         ]
         table = self.ctx.backend.all_gather(flags + local)
+        speakers = self.ctx.mesh.speakers
         # Rank 0's clock decides; a signal counts whichever rank received it.
         _, save, late, interval = table[0][: len(flags)]
         self._schedule(int(interval))
-        losses = np.array(table)[:, len(flags) :].T  # by step and rank
-        for index, rank in np.argwhere(~np.isfinite(losses)).tolist():
-            step = self.looked + index + 1
-            what = f"the loss of step {step} is {losses[index, rank]} on rank {rank}"
+        losses = np.array(table)[list(speakers), len(flags) :].T  # by step and data rank
+        for index, share in np.argwhere(~np.isfinite(losses)).tolist():
+            step, rank = self.looked + index + 1, speakers[share]
+            what = f"the loss of step {step} is {losses[index, share]} on rank {rank}"
             raise DivergedError(f"{what}: lower the learning rate, or look at its input", rank=rank, step=step)
-        # Losses carry their batch's weight, so their mean over ranks is the mean over the global batch.
+        # Losses carry their batch's weight, so their mean over data ranks is the mean over the global batch.
         means = losses.mean(axis=1).tolist()
         speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload
         rate = float(self.ctx.optimizer.param_groups[0]["lr"])
         values = {"loss": float(losses.mean()), "learning_rate": rate, "samples_per_s": speed}
-        self.record.metrics(position, time_s=seconds, **values, losses=means)
+        self.metrics.write(position, time_s=seconds, **values, losses=means)
         left = max(0, workload.max_epochs * workload.train_samples - position.samples) / speed if speed else 0.0
         quality = quality_text(self.quality, self._targets) or "not evaluated yet"
         self.progress.update(
@@ -219,10 +220,9 @@ class Watch:
 
     def _check_parameters(self) -> None:
         """A gradient that is not finite shows in the parameters before it shows in a loss."""
-        # Of a parameter that is sharded over ranks each looks at its own part, which may be empty.
-        parts = (getattr(p, "to_local", lambda p=p: p)() for p in self.ctx.model.parameters())
         with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf)
+            parts = [part for part in self.ctx.layout.local_parameters() if part.numel()]
+            norm = torch.nn.utils.get_total_norm(parts, norm_type=math.inf)
             finite = bool(torch.isfinite(norm))
         ranks = [r for r, (ok,) in enumerate(self.ctx.backend.all_gather([float(finite)])) if not ok]
         if ranks:

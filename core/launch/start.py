@@ -1,45 +1,61 @@
-"""A resolved plan becomes worker processes and, when they have ended, one result and one exit status.
+"""A resolved plan becomes a run folder, processes and, when they have ended, one result and one exit status."""
 
-One rank runs in place, to be debuggable, as does a rank of an outer torchrun; torch.distributed.run starts several.
-"""
+from __future__ import annotations
 
-import logging
 import os
+import platform
 import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from core.api.config import RunConfig
 from core.api.errors import EXIT_CODES, TimetrialError, UsageError
-from core.compose.resolve import RunPlan
-from core.state.record import new_run_name, read_json, update_result, write_failure, write_json
+from core.api.files import read_json
+from core.api.types import Job, Launcher, Ranks
+from core.compose.manager import plugin_manager
+from core.compose.plan import RunPlan, core_hash, new_run_name
+from core.state.record import software, update_result, utc, write_failure
 
 
 def launch(plan: RunPlan, *, isolate: bool = False) -> tuple[Path, int]:
     """Runs the plan to its end. Returns run folder and exit status. `isolate` gives one rank, too, its own process."""
-    config, before = plan.root(), dict(os.environ)
+    config, before = plan.root, dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.nproc)))
+    threads = max(1, cores // plan.ranks_per_node)
     if int(os.environ.get("RANK", 0)) == 0:  # under an outer launcher, rank 0 makes the folder and tells the others
         plan = _prepare(plan, config)
     ours = {"OMP_NUM_THREADS": str(threads), **config.launch.environment, **plan.environment}
     os.environ.update({**ours, **before})  # a variable that the user has set wins
     try:
-        if "RANK" in os.environ or (plan.world_size == 1 and not isolate):
-            from core.engine.worker import run_rank  # imports torch
-
-            code = run_rank(plan)
-        else:
-            code = _elastic(plan)
+        code = _run_here(plan) if "RANK" in os.environ else _start(plan, isolate)
     finally:  # for the next job of a sweep
         os.environ.clear()
         os.environ.update(before)
     run_dir = Path(plan.run_dir)
     return run_dir, _settle(run_dir, code) if plan.run_dir else code
+
+
+def _start(plan: RunPlan, isolate: bool) -> int:
+    """The ranks, by the chosen launcher."""
+    manager = plugin_manager([plan.launcher], plan.config)
+    (launcher,) = manager.get_plugins()
+    assert isinstance(launcher, Launcher)
+    here = plan.world_size == 1 and not isolate
+    job = Job(
+        run_dir=Path(plan.run_dir),
+        ranks=Ranks(world_size=plan.world_size, per_node=plan.ranks_per_node),
+        command=(sys.executable, "-u", "-m", "core.engine.worker", plan.run_dir),
+        run_here=(lambda: _run_here(plan)) if here else None,
+    )
+    return launcher.launch(job)
+
+
+def _run_here(plan: RunPlan) -> int:
+    from core.engine.worker import run_rank  # imports torch
+
+    return run_rank(plan)
 
 
 def _prepare(plan: RunPlan, config: RunConfig) -> RunPlan:
@@ -59,10 +75,14 @@ def _prepare(plan: RunPlan, config: RunConfig) -> RunPlan:
             plan = _continue(plan, config, run_dir, previous)
         plan.save(run_dir / "resolved.yaml")
         shutil.rmtree(run_dir / "errors", ignore_errors=True)
+        started_at = read_json(run_dir / "result.json").get("started_at", utc())
         update_result(
-            run_dir, status="running", time_to_train_s=None, error=None, command=[sys.executable, *sys.argv],
-            workload=plan.workload, seed=plan.seed, world_size=plan.world_size, plan_hash=plan.hash(),
-            plugins=[asdict(p) for p in plan.plugins], changed=plan.changed, deterministic=config.deterministic,
+            run_dir, status="running", started_at=started_at, ended_at=None, time_to_train_s=None, error=None,
+            command=[sys.executable, *sys.argv], workload=plan.workload, seed=plan.seed, world_size=plan.world_size,
+            mesh={d.name: d.size for d in plan.dimensions}, plan_hash=plan.hash(), core_hash=core_hash(),
+            plugins=[asdict(p) for p in plan.plugins], trackers=[asdict(p) for p in plan.trackers],
+            launcher=asdict(plan.launcher), changed=plan.changed, deterministic=config.deterministic,
+            software=software(), hostname=platform.node() if config.record_hostname else None,
         )  # fmt: skip
     except OSError as error:
         problem = f"cannot write the run folder {error.filename}: {error.strerror}"
@@ -92,6 +112,8 @@ def _difference(old: RunPlan, new: RunPlan) -> str:
         return f"the world size ({old.world_size} to {new.world_size})"
     was, now = _flat(old.settings()), _flat(new.settings())
     keys = [f"{k} ({was.get(k)} to {now.get(k)})" for k in sorted(was | now) if was.get(k) != now.get(k)]
+    if [p.name for p in new.plugins] != [p.name for p in old.plugins]:
+        keys.append(f"the plugins ({' '.join(p.name for p in old.plugins)} to {' '.join(p.name for p in new.plugins)})")
     code = [plugin.name for plugin in new.plugins if plugin not in old.plugins]
     return ", ".join(keys[:3]) or f"the code of {', '.join(code) or 'core'}"
 
@@ -101,33 +123,6 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for name, item in tree.items() for k, v in _flat(item, f"{key}.{name}".lstrip(".")).items()}
-
-
-def _elastic(plan: RunPlan) -> int:
-    """The ranks of this machine under torch.distributed.run; its agent runs in this process and handles signals."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the cause is ours to print, in one line
-    arguments = ["--standalone", f"--nproc-per-node={plan.world_size}", "--max-restarts=0"]
-    try:
-        torchrun.run(torchrun.parse_args([*arguments, "-m", "core.engine.worker", plan.run_dir]))
-        return 0
-    except SignalException:
-        return EXIT_CODES["stopped"]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        path = Path(plan.run_dir, "errors", f"rank{rank}.json")
-        if failure.exitcode < 0 and not path.exists():  # a rank that a signal killed could not say so itself
-            path.parent.mkdir(exist_ok=True)
-            cause = f"rank {rank} was killed by {failure.signal_name()}"
-            killed = TimetrialError(f"{cause}; the same command resumes from the last checkpoint", rank=rank)
-            write_json(path, {**killed.as_dict(), "kind": "killed", "time": 0.0})  # it came first
-        return EXIT_CODES["failed"]
-    finally:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
 
 
 def _settle(run_dir: Path, code: int) -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 
 from core.api import faults
 from core.api.errors import CheckpointError
+from core.api.files import sha256
 from core.api.types import Backend
-from core.state.record import sha256
 
 FORMAT = 2
 
@@ -105,25 +105,13 @@ def _newest_intact(source: Path) -> tuple[Path, int] | None:
     return None
 
 
-def parameters_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types and bits of all parameters and buffers, in order of name."""
+def parameters_hash(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types and bits of all parameters and buffers of a whole model, in order of name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def generator_states(device: torch.device) -> dict[str, Any]:
-    """The process-wide generators that a model may draw from (dropout): torch's, on the CPU and on the device."""
-    own = {} if device.type == "cpu" else {"device": torch.get_device_module(device).get_rng_state(device)}
-    return {"cpu": torch.get_rng_state(), **own}
-
-
-def set_generator_states(device: torch.device, states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "device" in states and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
 def _write_tree(folder: Path, name: str, tree: dict[str, Any]) -> None:

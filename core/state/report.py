@@ -1,46 +1,11 @@
-"""What a person sees: a line while something goes on, one line when a run has ended, a table after a sweep."""
+"""What a person reads when a run has ended, and after a sweep. Made from run folders alone."""
 
 import os
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from core.state.record import read_json
-
-
-class Progress:
-    """A line on stderr (stdout is for the result), renewed in place on a terminal, printed now and then elsewhere."""
-
-    def __init__(self, enabled: bool = True) -> None:
-        self._enabled, self._printed = enabled, 0.0
-        self._live: Any = None
-        if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            # No refresh thread: it would take the interpreter from the training loop at times of its own choosing.
-            self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
-            self._live.start()
-
-    def update(self, line: str) -> None:
-        if self._live is not None:
-            self._live.update(line, refresh=True)
-        elif time.monotonic() - self._printed >= 10.0:  # seconds: a log file should stay readable
-            self.print(line)
-
-    def print(self, line: str) -> None:
-        """A line that stays."""
-        self._printed = time.monotonic()
-        if self._live is not None:
-            self._live.console.print(line, highlight=False)
-        elif self._enabled:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
+from core.api.files import read_json
+from core.api.tables import print_table
 
 
 def quality_text(quality: Mapping[str, float], targets: Mapping[str, float]) -> str:
@@ -54,7 +19,7 @@ def summary(run_dir: Path) -> str:
     status, where = result.get("status"), os.path.relpath(run_dir)
     if result.get("error"):
         return f"{status}: {result['error']['message']} [{where}]"
-    quality = quality_text(result["quality"], result["target"])
+    quality = quality_text(result["quality"], {name: target["value"] for name, target in result["targets"].items()})
     doubts = [f"{name}: {e['summary']}" for name, e in result["evidence"].items() if not e["active"]]
     head = {
         "success": f"success, not scored ({'resumed' if result['restarts'] else 'changed'}): {quality}",
@@ -81,15 +46,3 @@ def print_sweep(jobs: Sequence[tuple[Sequence[str], Path, int]]) -> None:
     print_table(("job", "overrides", "status", "time to train", "quality", "samples/s"), rows, 160)
     failed = [str(number) for number, (_, _, code) in enumerate(jobs) if code]
     print(f"{len(jobs)} jobs, {'not successful: ' + ', '.join(failed) if failed else 'all successful'}")
-
-
-def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], width: int) -> None:
-    """A table on stdout, `width` characters wide where that is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings, box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else width).print(table)

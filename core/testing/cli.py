@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from core.api.files import read_json
 from core.testing.forkserver import ForkServer, rank_places
 
 TIMEOUT_S = 800
@@ -25,11 +26,19 @@ class Outcome:
     code: int
     stdout: str
     stderr: str
+    refusal: str
+    """Kind of the error that ended it before it had a run folder; "" where none did."""
     run_dir: Path
 
     @property
     def result(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "result.json").read_text())
+
+    @property
+    def failure(self) -> str:
+        """Kind of the error that ended it, such as "conflict" (`core.api.errors`)."""
+        error = read_json(self.run_dir / "result.json").get("error") if self.run_dir != Path() else None
+        return self.refusal or (error or {}).get("kind", "")
 
     @property
     def evidence(self) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def run_program(program: Path, *arguments: str, nodes: str) -> list[Outcome]:
     """`python PROGRAM ARGUMENTS` as a rank for each digit of `nodes`, which says its node; all on this host."""
     places = [{**place, "GROUP_RANK": node} for place, node in zip(rank_places(len(nodes)), nodes, strict=True)]
     ended = _server.run_program(program, arguments, [environment(**place) for place in places])
-    return [Outcome(code, printed, errors, Path()) for code, printed, errors in ended]
+    return [Outcome(code, printed, errors, "", Path()) for code, printed, errors in ended]
 
 
 def run_fresh(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "", **env: str) -> Outcome:
@@ -92,7 +101,14 @@ def run_fresh(*arguments: str, cwd: Path, run_dir: Path = Path(), fault: str = "
         [sys.executable, "-m", "core.run", *arguments],
         capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, env=environment(fault, **env),
     )  # fmt: skip
-    return Outcome(process.returncode, process.stdout, process.stderr, run_dir)
+    return Outcome(process.returncode, process.stdout, process.stderr, "", run_dir)
+
+
+def run_timetrial(*arguments: str, cwd: Path, **env: str) -> Outcome:
+    """`timetrial ARGUMENTS` (as `python -m core`), in a fresh interpreter."""
+    command = [sys.executable, "-m", "core", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, env=environment(**env))
+    return Outcome(done.returncode, done.stdout, done.stderr, "", Path())
 
 
 def environment(fault: str = "", **extra: str) -> dict[str, str]:

@@ -25,17 +25,19 @@ from pathlib import Path
 
 
 class ForkServer:
-    """Started on first use. What runs gives (exit status, stdout, stderr), with a negative status for a signal."""
+    """Started on first use. What runs gives (exit status, stdout, stderr), with a negative status for a signal, and for
+    commands the kind of the error that ended them before they had a run folder."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, arguments: list[str], cwd: Path, env: dict[str, str], ranks: int = 1) -> tuple[int, str, str]:
+    def run(self, arguments: list[str], cwd: Path, env: dict[str, str], ranks: int = 1) -> tuple[int, str, str, str]:
         """`python -m core.run ARGUMENTS`. Several ranks share their output; the exit status is that of the first."""
         with tempfile.TemporaryDirectory() as folder:
             children = [{"env": {**env, **place}, "folder": folder} for place in rank_places(ranks)]
             code, *_ = self._ask({"program": "", "arguments": arguments, "cwd": str(cwd)}, children)
-            return code, *_printed(folder)
+            kind = Path(folder, "refusal")  # a killed command leaves none
+            return code, *_printed(folder), kind.read_text() if kind.exists() else ""
 
     def run_program(
         self, program: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]
@@ -140,6 +142,8 @@ def _become(request: dict[str, object]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        refusal = getattr(getattr(sys, "last_value", None), "kind", "")
+        Path(str(request["folder"]), "refusal").write_text(refusal)
         Path(str(request["folder"]), "modules").write_text(" ".join(_libraries()))
         sys.stdout.flush()
         sys.stderr.flush()

@@ -36,7 +36,7 @@ def problem() -> str:
 
 
 class Host:
-    """A network namespace of its own."""
+    """A network namespace, which a process holds open."""
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -1,4 +1,9 @@
-"""The composition matrix: every pair of opts either trains as both declare, or is refused with the declared reason."""
+"""The composition matrix: what each composition of opts does, compared with the verdicts that are checked in.
+
+A verdict is "bitwise", "tolerance" or "changes" for one that trains, with evidence from each opt and numbers as they
+declare; the kind of the refusal ("conflict", "not_offered", "not_here", "usage") for one that does not start; and
+"broken" for everything else. A refusal that should not be there is a verdict that differs from the one that was agreed.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +13,32 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
+from core.api.mesh import Mesh
 from core.api.types import OptSpec
 from core.compose.discovery import Installed, discover
+from core.compose.plan import RunPlan
 from core.testing.cli import Outcome, run_ranks
 
 RANKS = 4
 """For opts that require several: two nodes of two, where an opt is told so."""
 CHANGES_BY = 0.25
 """Largest relative difference of a loss from the baseline's, in a few steps, where an opt "changes" the numbers."""
+REFUSALS = frozenset({"conflict", "not_offered", "not_here"})
+"""Kinds of refusal that a composition may end in. "usage" and "plugin" are a mistake of the command or of a plugin."""
 _ENDED = (0, 4)
 """Exit statuses of a run to its last step: on synthetic data, and on real."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What became of one composition."""
+    """The result of one composition."""
 
-    verdict: Literal["trains", "conflict", "not here", "not offered", "broken"]
-    """`not here`: this machine lacks what an opt requires. `not offered`: the workload lacks what an opt replaces."""
-    words: str = ""
+    verdict: str
+    words: str = ""  # of the refusal, or of what is broken
 
 
 @cache
@@ -51,27 +59,23 @@ def try_composition(
 ) -> Cell:
     """Runs `workload` (overrides that choose and shrink it, and `stop.steps`) with `opts` on the CPU and judges it.
 
-    `settings` holds what single opts need, such as `opt.sharp.ranks_per_node=2`. Where both opts keep the numbers, the
-    losses must equal the baseline's within `rtol`; where both keep the bits, so must the parameters'.
+    `settings` holds what single opts need, such as `opt.sharp.ranks_per_node=2`. Where all opts keep the numbers, the
+    losses must equal the baseline's within `rtol`; where all keep the bits, so must the parameters'. The baseline has
+    as many data ranks: each draws its own synthetic batch.
     """
     specs = [spec_of(name) for name in opts]
     ranks = RANKS if any("multi_rank" in spec.requires for spec in specs) else 1
     more = [setting for name in opts for setting in settings.get(name, ())]
-    command = [*workload, "backend=gloo", f"launch.nproc={ranks}"]
+    command = [*workload, "backend=gloo", f"launch.nproc={ranks}", f"opt=[{','.join(opts)}]", *more]
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(*command, f"opt=[{','.join(opts)}]", *more, run_dir=Path(folder, "run"))
+        run = run_ranks(*command, run_dir=Path(folder, "run"))
         if run.code in _ENDED:
-            return _judge(run, opts, specs, _baseline(*command), rtol)
+            data_size = Mesh(RunPlan.load(run.run_dir / "resolved.yaml").dimensions).data_size
+            baseline = _baseline(*workload, "backend=gloo", f"launch.nproc={data_size}")
+            return _judge(run, opts, specs, baseline, rtol)
+        kind = run.failure
     words = run.stderr.strip().splitlines()[-1].removeprefix("timetrial: ") if run.stderr.strip() else ""
-    if run.code != 2:
-        return Cell("broken", f"exit {run.code}: {words}")
-    if " requires " in words:
-        return Cell("not here", words)
-    if " does not offer" in words or " does not apply " in words:
-        return Cell("not offered", words)
-    declared = any(spec.conflicts.keys() & set(opts) for spec in specs)
-    claimed = any(one.claims & two.claims for one, two in combinations(specs, 2))
-    return Cell("conflict", words) if declared or claimed else Cell("broken", f"refused undeclared: {words}")
+    return Cell(kind, words) if kind in REFUSALS else Cell("broken", f"exit {run.code} ({kind}): {words}")
 
 
 @cache
@@ -94,11 +98,11 @@ def _judge(
     numerics = {evidence[name].get("numerics") or spec.numerics for name, spec in zip(opts, specs, strict=True)}
     if numerics == {"bitwise"}:
         same = run.result["parameters_sha256"] == parameters
-        return Cell("trains", "bitwise") if same else Cell("broken", "declared bitwise, but the parameters differ")
-    limit = CHANGES_BY if "changes" in numerics else rtol
+        return Cell("bitwise") if same else Cell("broken", "declared bitwise, but the parameters differ")
+    kept = "changes" if "changes" in numerics else "tolerance"
+    limit = CHANGES_BY if kept == "changes" else rtol
     mine, theirs = torch.tensor(run.losses), torch.tensor(losses)
     worst = float(((mine - theirs).abs() / theirs.abs()).max()) if len(mine) == len(theirs) else float("inf")
-    kept = "changes" if "changes" in numerics else "tolerance"
     if not worst <= limit:
         return Cell("broken", f"declared {kept}, but a loss differs from the baseline's by {worst:.2g}")
-    return Cell("trains", kept)
+    return Cell(kept)

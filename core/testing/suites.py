@@ -30,6 +30,7 @@ OPT_CARD = (
     "Evidence", "Source",
 )  # fmt: skip
 BACKEND_CARD = ("What it does", "Use it", "Settings", "Evidence", "Source")
+TRACKER_CARD = ("What it does", "Use it", "Settings", "Source")
 WORKLOAD_CARD = (
     "What it is",
     "Run it",
@@ -103,8 +104,9 @@ class PluginSuite:
         assert [h for h in self.card_headings if f"\n## {h}\n" not in card] == []
 
     def _yaml(self) -> dict[str, object]:
-        path = self.installed.conf_dir / self.kind / f"{self.name}.yaml"
-        assert self.kind != "opt" or path.read_text().startswith(f"# @package opt.{self.name}\n")
+        path = self.installed.conf_file
+        nested = self.kind in ("opt", "tracker")
+        assert not nested or path.read_text().startswith(f"# @package {self.kind}.{self.name}\n")
         return cast(dict[str, object], OmegaConf.to_container(OmegaConf.load(path)) or {})
 
 
@@ -208,6 +210,22 @@ class BackendSuite(PluginSuite):
         refused = run_cli("workload=toy", f"backend={self.name}", run_dir=tmp_path / "run").expect(2)
         assert spec.probe().problem in refused.stderr
         assert not (tmp_path / "run").exists()
+
+
+class TrackerSuite(PluginSuite):
+    """Runs `toy` with the tracker and without any."""
+
+    kind = "tracker"
+    card_headings = TRACKER_CARD
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def test_it_leaves_the_plan_the_numbers_and_the_score_as_they_are(self) -> None:
+        chosen = f"default_trackers=[{self.name}]"
+        with_it = cached_run("workload=toy", chosen, *self.settings).expect(0).result
+        without = cached_run("workload=toy", "default_trackers=[]").expect(0).result
+        assert [tracker["name"] for tracker in with_it["trackers"]] == [self.name]
+        for key in ("plan_hash", "parameters_sha256", "scored", "steps", "quality"):
+            assert with_it[key] == without[key], key
 
 
 class OptSuite(_RunSuite):

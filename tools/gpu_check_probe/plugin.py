@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.api.hooks import hookimpl
+from core.api.seams import GRADIENT_EXCHANGE, Replacement
 from core.api.types import Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
 
 
@@ -18,7 +19,7 @@ class NoSettings:
 class CountFlops(Plugin):
     """Counts the operations of the first forward and backward pass: matrix products, convolutions, attention."""
 
-    spec = OptSpec(interface=1, summary="counts the operations of a step", numerics="bitwise")
+    spec = OptSpec(interface=2, summary="counts the operations of a step", numerics="bitwise")
     Config = NoSettings
 
     flops, samples = 0, 0
@@ -34,7 +35,7 @@ class CountFlops(Plugin):
                 return parts.forward_backward(batch)
             with FlopCounterMode(display=False) as counter:
                 outputs = parts.forward_backward(batch)
-            self.flops, self.samples = counter.get_total_flops(), batch.samples // ctx.world_size
+            self.flops, self.samples = counter.get_total_flops(), batch.samples // ctx.data_size
             return outputs
 
         return replace(parts, forward_backward=counted)
@@ -52,14 +53,21 @@ class PlainHook(Plugin):
     """torch's own all-reduce as a communication hook: it must change nothing."""
 
     spec = OptSpec(
-        interface=1, summary="DDP's exchange as a hook", numerics="bitwise", claims=frozenset({"ddp.comm_hook"})
+        interface=2,
+        summary="DDP's exchange as a hook",
+        numerics="bitwise",
+        claims=frozenset({"gradient_exchange.hook"}),
+        replaces=frozenset({GRADIENT_EXCHANGE}),
     )
     Config = NoSettings
 
     buckets = 0
 
     @hookimpl
-    def communication_hook(self) -> tuple[Any, Any]:
+    def replace(self) -> list[Replacement[Any]]:
+        return [GRADIENT_EXCHANGE.by(self._counted)]
+
+    def _counted(self, inner: Any) -> tuple[Any, Any]:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def counted(state, bucket):  # torch refuses annotations that are strings

@@ -11,26 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.api.data import EpochSampler, eval_share
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target
-from core.testing.toy.plugin import Toy, ToyConfig
+from core.api.data import EpochSampler, eval_cadence, eval_share
+from core.api.seams import TENSOR_PLAN
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.testing.toy.config import ToyConfig
 
 
 class ToyWorkload:
-    spec = Toy.spec
+    capture = Capture(step=True)
 
-    def __init__(self, ctx: RunContext, config: ToyConfig) -> None:
-        self.ctx, self.config = ctx, config
-        self.targets = [Target("accuracy", config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_every)
+    def __init__(self, spec: WorkloadSpec, config: ToyConfig, ctx: RunContext) -> None:
+        self.spec, self.config, self.ctx = spec, config, ctx
+        self.targets = [Target("accuracy", config.targets["accuracy"])]
+        self.eval_cadence = eval_cadence(config.eval)
         self.max_epochs = config.max_epochs
         self.global_batch_size = config.global_batch_size
         self.train_samples, self.eval_samples = config.examples, config.eval_examples
         self.sampler = EpochSampler(
             examples=config.examples,
             global_batch=config.global_batch_size,
-            rank=ctx.rank,
-            world_size=ctx.world_size,
+            rank=ctx.data_rank,
+            world_size=ctx.data_size,
         )
 
     def check_data(self) -> None:
@@ -45,6 +46,7 @@ class ToyWorkload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.ctx.seed_for("init"))
             c = self.config
+            self.ctx.offer(TENSOR_PLAN, {"0": "column", "3": "row"} | ({"2": "random"} if c.dropout else {}))
             return nn.Sequential(
                 nn.Linear(c.features, c.hidden), nn.ReLU(), nn.Dropout(c.dropout), nn.Linear(c.hidden, c.classes)
             )
@@ -64,13 +66,13 @@ class ToyWorkload:
             data = {"points": self.points[rows], "labels": self.labels[rows]}
             yield Batch(data, share.samples, share.weight)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic"))
-        local = self.global_batch_size // self.ctx.world_size
+        local = self.global_batch_size // self.ctx.data_size
         points = torch.randn(local, self.config.features, generator=generator)
         labels = torch.randint(self.config.classes, (local,), generator=generator)
         data = {"points": points.to(self.ctx.device), "labels": labels.to(self.ctx.device)}
-        return Batch(data, self.global_batch_size)
+        yield Batch(data, self.global_batch_size)
 
     def loss(self, model: nn.Module, data: dict[str, Tensor]) -> Outputs:
         return {"loss": nn.functional.cross_entropy(model(data["points"]), data["labels"])}
@@ -79,11 +81,14 @@ class ToyWorkload:
         return model(data["points"])
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
-        rows = slice(self.train_samples + mine.start, self.train_samples + mine.stop)
-        predicted = infer({"points": self.points[rows]}).argmax(1)
-        correct = float((predicted == self.labels[rows]).sum())
-        counts = self.ctx.backend.all_gather([correct, float(len(mine))])
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
+        first, last = self.train_samples + mine.start, self.train_samples + mine.stop
+        size, correct = self.config.eval.batch_size or self.eval_samples, 0.0
+        for start in range(first, last, size):
+            rows = slice(start, min(start + size, last))
+            predicted = infer({"points": self.points[rows]}).argmax(1)
+            correct += float((predicted == self.labels[rows]).sum())
+        counts = self.ctx.gather([correct, float(len(mine))])
         return {"accuracy": sum(c for c, _ in counts) / sum(n for _, n in counts)}
 
     def log_values(self) -> Mapping[str, Any]:

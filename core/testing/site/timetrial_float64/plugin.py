@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.hooks import hookimpl
+from core.api.seams import INFER, LOSS, Replacement
 from core.api.types import Evidence, OptSpec, Plugin
 
 if TYPE_CHECKING:
@@ -25,17 +26,18 @@ class Float64Config:
 
 
 class Float64(Plugin):
-    spec = OptSpec(interface=1, summary="float64 throughout, for tests", numerics="changes")
+    spec = OptSpec(
+        interface=2, summary="float64 throughout, for tests", numerics="changes", replaces=frozenset({LOSS, INFER})
+    )
     Config = Float64Config
 
     @hookimpl(wrapper=True)
     def prepare_model(self) -> Generator[None, nn.Module, nn.Module]:
         return (yield).double()
 
-    @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        return _in_float64(inner) if name in ("loss", "infer") else inner
+    @hookimpl
+    def replace(self) -> list[Replacement[Any]]:
+        return [LOSS.by(_in_float64), INFER.by(_in_float64)]
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:

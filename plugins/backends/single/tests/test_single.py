@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.api.errors import UsageError
+from core.api.errors import NotHereError
 from timetrial_single.plugin import OneProcess, Single, SingleConfig, probe
 
 
@@ -23,18 +23,17 @@ def test_collectives_of_one_rank() -> None:
     backend.shutdown()
 
 
-def test_it_starts_no_process_group_and_leaves_the_model_bare() -> None:
+def test_it_starts_no_process_group() -> None:
     plugin, model = Single(SingleConfig(device="cpu")), nn.Linear(2, 2)
     backend = plugin.init_backend(SimpleNamespace())
     assert backend.device == torch.device("cpu")
-    assert plugin.distribute(model) is model
     assert not torch.distributed.is_initialized()
     assert plugin.verify(SimpleNamespace(model=model, device=backend.device)).active
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused_and_auto_takes_the_cpu() -> None:
-    with pytest.raises(UsageError, match=r"use backend\.device=cpu"):
+    with pytest.raises(NotHereError, match=r"use backend\.device=cpu"):
         Single(SingleConfig(device="cuda")).init_backend(SimpleNamespace())
     assert Single(SingleConfig(device="auto")).init_backend(SimpleNamespace()).device.type == "cpu"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.api.errors import UsageError
+from core.api.errors import NotOfferedError
 from core.api.hooks import PROJECT, Hooks, hookimpl
 from core.testing.suites import cached_run
 from timetrial_activation_checkpointing.blocks import CheckpointedBlock, statistics_kept
@@ -163,7 +163,7 @@ def test_statistics_are_released_after_an_error() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(UsageError, match="names no blocks"):
+    with pytest.raises(NotOfferedError, match="names none"):
         prepared(nn.Linear(2, 2), blocks=[])
 
 
@@ -172,7 +172,7 @@ def test_synchronised_batch_normalisation_keeps_its_bits_on_two_ranks() -> None:
     run = (
         "workload=resnet",
         "workload.width=8",
-        "workload.target=0.5",
+        "workload.targets.top1=0.5",
         "stop.steps=4",
         "backend=gloo",
         "launch.nproc=2",

@@ -5,32 +5,24 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pluggy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from core.api.config import validate
 from core.api.errors import UsageError
-from core.api.hooks import PROJECT, Hooks, hookimpl
+from core.api.seams import INFER, LOSS, Seam
 from timetrial_amp.autocast import observe
 from timetrial_amp.plugin import Amp, AmpConfig
 
 CTX: Any = SimpleNamespace(device=torch.device("cpu"))
 
 
-class Baseline:
-    @hookimpl
-    def component(self, default: Any) -> Any:
-        return default
-
-
-def composed(name: str, function: Any) -> tuple[Amp, Any]:
-    manager, amp = pluggy.PluginManager(PROJECT), Amp(AmpConfig(dtype="bfloat16"))
-    manager.add_hookspecs(Hooks)
-    manager.register(Baseline())
-    manager.register(amp)
-    return amp, manager.hook.component(ctx=CTX, name=name, default=function)
+def composed(seam: Seam[Any], function: Any) -> tuple[Amp, Any]:
+    """The opt, and what it makes of `function` at `seam`."""
+    amp = Amp(AmpConfig(dtype="bfloat16"))
+    (replacement,) = (r for r in amp.replace(CTX) if r.seam == seam)
+    return amp, replacement.make(function)
 
 
 def loss(model: nn.Module, data: Tensor) -> dict[str, Tensor]:
@@ -42,7 +34,7 @@ def small_network() -> nn.Module:
 
 
 def test_every_product_and_convolution_runs_in_bfloat16_and_the_weights_stay_float32() -> None:
-    amp, run = composed("loss", loss)
+    amp, run = composed(LOSS, loss)
     model = small_network()
     outputs = run(model, torch.randn(2, 3, 8, 8))
     outputs["loss"].backward()
@@ -67,7 +59,7 @@ def test_the_backward_pass_runs_outside_autocast() -> None:
             inside["backward"] = torch.is_autocast_enabled("cpu")
             return grad
 
-    _, run = composed("loss", lambda model, data: {"loss": Note.apply(model(data)).square().mean()})
+    _, run = composed(LOSS, lambda model, data: {"loss": Note.apply(model(data)).square().mean()})
     run(nn.Linear(4, 4), torch.randn(2, 4))["loss"].backward()
     assert inside == {"forward": True, "backward": False}
 
@@ -80,19 +72,19 @@ def test_inference_runs_in_bfloat16_and_hands_back_float32() -> None:
         seen.append(result.dtype)
         return {"scores": result, "best": result.argmax(1)}
 
-    _, run = composed("infer", infer)
+    _, run = composed(INFER, infer)
     results = run(nn.Linear(4, 4), torch.randn(2, 4))
     assert seen == [torch.bfloat16]
     assert (results["scores"].dtype, results["best"].dtype) == (torch.float32, torch.int64)
 
 
-def test_other_components_are_left_alone() -> None:
-    _, run = composed("rnnt.loss", loss)
-    assert run is loss
+def test_it_acts_on_the_seams_that_its_spec_names() -> None:
+    replacements = Amp(AmpConfig(dtype="bfloat16")).replace(CTX)
+    assert {replacement.seam for replacement in replacements} == Amp.spec.replaces
 
 
 def test_the_graph_is_looked_at_once() -> None:
-    amp, run = composed("loss", loss)
+    amp, run = composed(LOSS, loss)
     model = small_network()
     run(model, torch.randn(2, 3, 8, 8))
     first = amp._loss.observed

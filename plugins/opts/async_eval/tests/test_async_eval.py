@@ -24,7 +24,13 @@ def qualities(outcome: Outcome) -> list[tuple[int, float]]:
 @pytest.mark.numbers
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
 def test_every_quality_is_the_baselines(ranks: int, tmp_path: Path) -> None:
-    arguments = ("workload=toy", "workload.target=1", "stop.epochs=4", "backend=gloo", f"launch.nproc={ranks}")
+    arguments = (
+        "workload=toy",
+        "workload.targets.accuracy=1",
+        "stop.epochs=4",
+        "backend=gloo",
+        f"launch.nproc={ranks}",
+    )
     baseline = run_ranks(*arguments, run_dir=tmp_path / "baseline").expect(4)
     beside = run_ranks(*arguments, "+opt=async_eval", run_dir=tmp_path / "beside").expect(4)
     assert len(qualities(baseline)) == 4
@@ -43,14 +49,15 @@ def test_the_log_of_a_run_that_ends_in_the_middle_of_a_block_passes_the_official
 
 def test_synthetic_data_is_refused(tmp_path: Path) -> None:
     refused = run_ranks("workload=toy", "data=synthetic", "+opt=async_eval", run_dir=tmp_path / "run").expect(2)
-    assert "does not apply to synthetic data" in refused.stderr
+    assert refused.failure == "not_offered"
+    assert "acts on core.evaluate, which workload 'toy' does not offer here" in refused.stderr
 
 
 def start(run_dir: Path) -> tuple[psutil.Process, psutil.Process]:
     """A run that would go on for long, and its evaluator."""
     endless = (
         "workload=toy",
-        "workload.target=1",
+        "workload.targets.accuracy=1",
         "workload.max_epochs=1000000",
         "+opt=async_eval",
         f"run_dir={run_dir}",
@@ -82,7 +89,7 @@ def test_a_killed_run_leaves_no_evaluator_behind(tmp_path: Path) -> None:
 
 def test_an_evaluation_of_detections_is_hidden_behind_steps(tmp_path: Path) -> None:
     small = ("workload=maskrcnn", "workload.train_scenes=80", "workload.eval_scenes=20", "workload.global_batch_size=4")
-    when = ("workload.eval_first_epoch=1", "stop.epochs=2", "workload.least_score=0.0001", "log_seconds=0.1")
+    when = ("workload.eval.first=1", "stop.epochs=2", "workload.least_score=0.0001", "log_seconds=0.1")
     baseline = run_ranks(*small, *when, run_dir=tmp_path / "baseline").expect(4)
     beside = run_ranks(*small, *when, "+opt=async_eval", run_dir=tmp_path / "beside").expect(4)
     figures = beside.evidence["async_eval"]["figures"]

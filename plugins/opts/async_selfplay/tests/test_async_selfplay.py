@@ -8,23 +8,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import safetensors.torch
 import torch
 
+from core.api.mesh import Mesh
 from core.api.types import RunContext
-from core.compose.resolve import RunPlan
-from core.engine.worker import evaluator
+from core.compose.plan import RunPlan
+from core.engine.build import build_for_inference
+from core.engine.sidecar import _Apart
 from core.testing.cli import Outcome, environment, run_ranks
 from core.testing.suites import cached_run
-from timetrial_async_selfplay.process import _Apart
+from timetrial_minigo.seams import Player
 
 # Four steps in each generation.
 TINY = (
     "workload=minigo", "workload.width=8", "workload.blocks=1", "workload.games=8", "workload.parallel_games=8",
     "workload.simulations=8", "workload.epoch_examples=128", "workload.global_batch_size=32",
-    "workload.eval_first=100", "workload.window=4", "backend=gloo",
+    "workload.eval.first=100", "workload.window=4", "backend=gloo",
 )  # fmt: skip
 
 
@@ -39,11 +42,11 @@ def window(outcome: Outcome) -> dict[str, torch.Tensor]:
 def played_untrained(run_dir: Path, generation: int) -> dict[str, torch.Tensor]:
     """A generation of this run by the network that it began with."""
     plan = RunPlan.load(run_dir / "resolved.yaml")
-    alone = replace(plan, plugins=[p for p in plan.plugins if p.kind == "workload"])
-    ctx = RunContext(config=plan.root(), run_dir=run_dir, seed=plan.seed)
-    ctx.backend = _Apart(0, 1, torch.device("cpu"))
-    evaluator(alone, ctx)
-    return ctx.workload.generation(generation)._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    ctx = RunContext(config=plan.root, run_dir=run_dir, seed=plan.seed)
+    ctx.mesh = Mesh(plan.dimensions)
+    ctx.backend = _Apart(ctx.mesh, torch.device("cpu"))
+    build_for_inference(ctx, replace(plan, plugins=[p for p in plan.plugins if p.kind == "workload"]))
+    return cast(Player, ctx.workload).generation(generation)._asdict()
 
 
 def test_the_second_generation_is_played_by_the_untrained_network_and_the_third_is_not() -> None:
@@ -69,8 +72,8 @@ def test_a_run_that_is_stopped_between_generations_goes_on_as_if_it_had_not_been
 
 def test_it_goes_with_other_opts_and_their_evidence_holds(tmp_path: Path) -> None:
     outcome = run_ranks(
-        *TINY, "+opt=[async_selfplay,async_eval,playout_cap]", "workload.eval_first=1", "workload.eval_every=1",
-        "workload.target=1", "workload.eval_games=4", "stop.epochs=3", run_dir=tmp_path / "run",
+        *TINY, "+opt=[async_selfplay,async_eval,playout_cap]", "workload.eval.first=1", "workload.eval.every=1",
+        "workload.targets.win_rate=1", "workload.eval_games=4", "stop.epochs=3", run_dir=tmp_path / "run",
     ).expect(4)  # fmt: skip
     assert {name for name, e in outcome.evidence.items() if e["active"]} >= {"async_selfplay", "playout_cap"}
     assert outcome.evidence["async_selfplay"]["figures"]["generations"] == 3
@@ -79,7 +82,8 @@ def test_it_goes_with_other_opts_and_their_evidence_holds(tmp_path: Path) -> Non
 
 def test_synthetic_data_is_refused(tmp_path: Path) -> None:
     refused = run_ranks(*TINY, "data=synthetic", "+opt=async_selfplay", run_dir=tmp_path / "run").expect(2)
-    assert "does not apply to synthetic data" in refused.stderr
+    assert refused.failure == "not_offered"
+    assert "acts on minigo.generation, which workload 'minigo' does not offer here" in refused.stderr
 
 
 def test_a_player_that_fails_says_why_in_one_line(tmp_path: Path) -> None:

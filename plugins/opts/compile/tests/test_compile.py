@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.api.config import validate
-from core.api.errors import UsageError
+from core.api.errors import ConflictError, UsageError
 from core.api.hooks import PROJECT, Hooks, hookimpl
 from timetrial_compile.plugin import Compile, CompileConfig
 
@@ -42,9 +42,13 @@ def _nothing_compiled_before() -> None:
     torch.compiler.reset()
 
 
+def configured(**settings: Any) -> Compile:
+    given = {"backend": "eager", "mode": "default", "dynamic": None, "fullgraph": False, **settings}
+    return Compile(CompileConfig(**given))
+
+
 def prepared(model: nn.Module, **settings: Any) -> tuple[Compile, Any]:
-    config = CompileConfig(**{"backend": "eager", "mode": "default", "dynamic": None, "fullgraph": False, **settings})
-    manager, plugin = pluggy.PluginManager(PROJECT), Compile(config)
+    manager, plugin = pluggy.PluginManager(PROJECT), configured(**settings)
     manager.add_hookspecs(Hooks)
     manager.register(Baseline())
     manager.register(plugin)
@@ -108,6 +112,16 @@ def test_what_others_compiled_before_is_not_counted() -> None:
     other(torch.randn(8, 4))
     plugin, _ = prepared(nn.Sequential(nn.Linear(4, 4)))
     assert not plugin.verify().active
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_mode_that_captures_graphs_conflicts_with_cuda_graphs(mode: str) -> None:
+    plan: Any = SimpleNamespace(opts=("compile", "cuda_graphs"))
+    with pytest.raises(ConflictError, match=f"opt.compile.mode={mode} captures CUDA graphs"):
+        configured(mode=mode).check(plan)
+    configured(mode=mode).check(SimpleNamespace(opts=("compile",)))  # pyright: ignore[reportArgumentType]
+    for other in ("default", "max-autotune-no-cudagraphs"):
+        configured(mode=other).check(plan)
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from core.api.tree import tensors
 
 
 class Tape:
@@ -33,7 +34,7 @@ class Tape:
             found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
         before = [(t, t.detach().clone()) for t in found if t.is_cpu]  # other tests leave tensors without data behind
         result = function()
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = tensors(result)
         with torch.no_grad():
             for tensor, value in before:
                 if not torch.equal(tensor, value):
@@ -41,9 +42,9 @@ class Tape:
         torch.set_rng_state(generator)
 
         def replay() -> None:
-            again = [t for t in pytree.tree_leaves(function()) if isinstance(t, Tensor)]
+            again = function()
             with torch.no_grad():
-                for output, value in zip(outputs, again, strict=True):
+                for output, value in zip(outputs, tensors(again), strict=True):
                     output.copy_(value)
 
         return replay, result

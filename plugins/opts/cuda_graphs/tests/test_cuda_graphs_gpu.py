@@ -21,14 +21,14 @@ WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("backend", [("backend=single",), ("backend=nccl", "backend.ddp=always")])
+@pytest.mark.parametrize(("backend", "ddp"), [("single", ()), ("nccl", ("ddp",))])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_losses_and_parameters_have_the_bits_of_the_eager_run(
-    workload: str, backend: tuple[str, ...], tmp_path: Path
+    workload: str, backend: str, ddp: tuple[str, ...], tmp_path: Path
 ) -> None:
-    arguments = (*WORKLOADS[workload], *backend, "stop.steps=40")
-    eager = run_cli(*arguments, "+opt=fused_optimizer", run_dir=tmp_path / "eager").expect(4)
-    graphs = run_cli(*arguments, "+opt=[cuda_graphs,fused_optimizer]", run_dir=tmp_path / "graphs").expect(4)
+    arguments, opts = (*WORKLOADS[workload], f"backend={backend}", "stop.steps=40"), ",".join((*ddp, "fused_optimizer"))
+    eager = run_cli(*arguments, f"+opt=[{opts}]", run_dir=tmp_path / "eager").expect(4)
+    graphs = run_cli(*arguments, f"+opt=[cuda_graphs,{opts}]", run_dir=tmp_path / "graphs").expect(4)
     assert graphs.losses == eager.losses
     assert graphs.result["parameters_sha256"] == eager.result["parameters_sha256"]
     assert graphs.evidence["cuda_graphs"]["active"]
@@ -68,7 +68,7 @@ def test_graphs_of_many_shapes_in_one_pool_change_no_gradient_in_any_order() -> 
         eager = train()
         passes = (partial(model, torch.randn(8, frames, 16, device="cuda")) for frames in shapes)
         make_graphed = partial(torch.cuda.make_graphed_callables, pool=torch.cuda.graph_pool_handle())
-        parts = graph_parts(model, ("first", "second"), passes, torch.device("cuda", 0), make_graphed)
+        parts = graph_parts(model, ("first", "second"), passes, len(shapes), torch.device("cuda", 0), make_graphed)
         graphed = train()
     torch.testing.assert_close(graphed, eager, rtol=1e-4, atol=1e-6)  # memory in use by two would show as gross errors
     assert [(part.replays.total(), part.eager_calls.total()) for part in parts.values()] == 2 * [(10, 1)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import core.engine.worker  # noqa: F401  # registers Batch as a pytree
 from core.api.errors import UsageError
 from core.api.types import Batch
 from timetrial_cuda_graphs.cuda import refusing
@@ -43,7 +42,7 @@ def batch(*values: float, samples: int = 4, weight: float = 1.0) -> Batch:
 
 
 def graphed(**settings: Any) -> Graphed:
-    return Graphed(double, Recorder(), **{"warmup": 2, "max_graphs": 2, **settings})
+    return Graphed(double, Recorder(), **{"eager_calls": 2, "max_graphs": 2, **settings})
 
 
 def test_warm_up_is_eager_and_the_next_step_of_a_known_shape_is_a_replay() -> None:
@@ -54,7 +53,7 @@ def test_warm_up_is_eager_and_the_next_step_of_a_known_shape_is_a_replay() -> No
 
 
 def test_the_first_step_of_a_new_shape_is_eager() -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     for size in (2, 2, 3, 3, 3):
         step(batch(*[1.0] * size))
     assert dict(step.seen.eager) == {"warm-up": 1, "first of its shape": 1}
@@ -62,7 +61,7 @@ def test_the_first_step_of_a_new_shape_is_eager() -> None:
 
 
 def test_a_result_is_not_overwritten_by_the_next_replay() -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     losses = [step(batch(float(i)))["loss"] for i in range(4)]
     assert [loss.item() for loss in losses] == [0.0, 2.0, 4.0, 6.0]
 
@@ -80,7 +79,7 @@ def test_a_result_is_not_overwritten_by_the_next_replay() -> None:
     ids=["samples", "weight", "shape", "dtype", "structure", "plain data"],
 )
 def test_whatever_a_recording_takes_as_fixed_tells_batches_apart(other: Batch) -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     for _ in range(3):
         step(batch(1.0))
     replays = step.seen.replays
@@ -90,7 +89,7 @@ def test_whatever_a_recording_takes_as_fixed_tells_batches_apart(other: Batch) -
 
 def test_the_model_s_mode_tells_inference_steps_apart() -> None:
     model = SimpleNamespace(training=False)
-    step = graphed(warmup=1, mode=lambda: model.training)
+    step = graphed(eager_calls=1, mode=lambda: model.training)
     for _ in range(3):
         step(batch(1.0))
     model.training = True
@@ -99,7 +98,7 @@ def test_the_model_s_mode_tells_inference_steps_apart() -> None:
 
 
 def test_the_least_recently_used_graph_makes_room() -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     sizes = [1, 1, 2, 2, 1, 3, 3]  # the third one pushes out 2, which was used before 1
     for size in [*sizes, 1, 2]:
         step(batch(*[1.0] * size))
@@ -109,7 +108,7 @@ def test_the_least_recently_used_graph_makes_room() -> None:
 
 
 def test_shapes_that_never_return_are_never_captured() -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     for size in range(1, 20):
         step(batch(*[1.0] * size))
     assert (step.seen.captured, step.seen.eager["first of its shape"]) == (0, 18)
@@ -155,7 +154,7 @@ def test_what_cannot_be_recorded_is_refused_in_one_line() -> None:
     def fails(function: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
 
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     step.capture = refusing(fails, "the training step", "leave out 'cuda_graphs'")
     step(batch(1.0))
     with pytest.raises(
@@ -165,7 +164,7 @@ def test_what_cannot_be_recorded_is_refused_in_one_line() -> None:
 
 
 def test_a_result_that_cannot_be_copied_out_is_refused() -> None:
-    step = graphed(warmup=1)
+    step = graphed(eager_calls=1)
     step.step = lambda batch: {"loss": SimpleNamespace(tensor=batch.data["x"])}
     step(batch(1.0))
     with pytest.raises(UsageError, match="cannot copy a SimpleNamespace out of a graph"):
@@ -190,7 +189,7 @@ def train(tape: Any, restore_at: int | None) -> tuple[list[float], list[Tensor],
         chosen.zero_grad()
         return {"loss": loss.detach()}
 
-    step = Graphed(whole, replayable(tape, chosen), warmup=11, max_graphs=4) if tape else whole
+    step = Graphed(whole, replayable(tape, chosen), eager_calls=11, max_graphs=4) if tape else whole
     data = torch.Generator().manual_seed(1)
     losses: list[float] = []
     for number in range(30):

@@ -30,10 +30,16 @@ class Network(nn.Module):
 
 
 def graph(
-    model: Network, pool: Any, *names: str, sizes: tuple[int, ...] = (8,), kept: int | None = None, times: int = 1
+    model: Network,
+    pool: Any,
+    *names: str,
+    sizes: tuple[int, ...] = (8,),
+    most: int = 16,
+    kept: int | None = None,
+    times: int = 1,
 ) -> dict[str, Part]:
     passes = (lambda size=size: model(torch.ones(size, 3), times, kept) for size in sizes)
-    return graph_parts(model, names, passes, CPU, pool)
+    return graph_parts(model, names, passes, most, CPU, pool)
 
 
 def test_parts_are_recorded_in_the_order_in_which_they_run(pool: Any) -> None:
@@ -79,7 +85,7 @@ def test_a_step_replays_the_graphs_of_one_shape_only(pool: Any) -> None:
     model = Network()
     rows: dict[int, int | None] = {8: 5, 6: 4}
     passes = (lambda size=size: model(torch.ones(size, 3), kept=rows[size]) for size in rows)
-    parts = graph_parts(model, ("body", "head"), passes, CPU, pool)
+    parts = graph_parts(model, ("body", "head"), passes, 16, CPU, pool)
     model(torch.ones(6, 3), kept=5).sum().backward()
     assert of_parts(parts).figures["head"] == {"replays": {"5x4": 0, "4x4": 0}, "eager_calls": {"5x4": 1}}
     model(torch.ones(8, 3), kept=5).sum().backward()
@@ -89,6 +95,12 @@ def test_a_step_replays_the_graphs_of_one_shape_only(pool: Any) -> None:
 def test_batches_that_the_first_part_cannot_tell_apart_share_a_graph(pool: Any) -> None:
     graph(Network(), pool, "body", "head", sizes=(8, 6, 8))
     assert len(pool.recordings) == 2
+
+
+def test_the_first_shapes_that_differ_are_recorded_and_no_more(pool: Any) -> None:
+    parts = graph(Network(), pool, "body", sizes=(8, 6, 8, 7, 5), most=3)
+    assert list(of_parts(parts).figures["body"]["replays"]) == ["8x3", "6x3", "7x3"]
+    assert len(pool.recordings) == 3
 
 
 def test_what_needs_a_gradient_takes_no_graph_without_one(pool: Any) -> None:
@@ -107,7 +119,7 @@ def test_parts_are_recorded_under_the_autocast_that_they_run_in(pool: Any) -> No
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.ones(8, 3))
 
-    graph_parts(model, ("body",), [run], CPU, pool)
+    graph_parts(model, ("body",), [run], 16, CPU, pool)
     assert pool.autocast
 
 

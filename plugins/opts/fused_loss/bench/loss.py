@@ -6,13 +6,14 @@ interleaved, on one CPU thread.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from core.api.statistics import race, spread
 from timetrial_bert.model import mlm_loss
 from timetrial_fused_loss.loss import ChunkedLoss
 from timetrial_fused_loss.memory import PeakMemory
@@ -38,17 +39,14 @@ def main() -> None:
         inputs = [t.requires_grad_() for t in inputs]
         labels = torch.randint(vocabulary, (positions,))
         contenders = {"plain": mlm_loss, **{f"chunks of {n}": ChunkedLoss(n) for n in CHUNKS if n < positions}}
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(ROUNDS + 1):
-            for name, loss in contenders.items():
-                seconds[name].append(once(loss, inputs, labels))
+        passes = {name: partial(once, loss, inputs, labels) for name, loss in contenders.items()}
+        seconds = race(passes, ROUNDS, warmup=1)
         print(f"{positions} positions, hidden size {hidden}, vocabulary {vocabulary}, n={ROUNDS}")
         for name, loss in contenders.items():
             with PeakMemory() as memory:
                 once(loss, inputs, labels)
-            times = [s * 1e3 for s in seconds[name][1:]]  # the first one also counts memory
-            spread = f"{statistics.median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})"
-            print(f"    {name}: {spread}, peak {memory.peak / MIB:.1f} MiB")
+            times_ms = spread([s * 1e3 for s in seconds[name]])
+            print(f"    {name}: {times_ms:.1f} ms, peak {memory.peak / MIB:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timetrial_fused_loss.loss import IGNORED, ChunkedLoss
+from timetrial_bert.seams import IGNORED
+from timetrial_fused_loss.loss import ChunkedLoss
 from timetrial_fused_loss.memory import PeakMemory
 from timetrial_fused_loss.plugin import FusedLoss, FusedLossConfig
 
@@ -110,9 +111,9 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_vocabulary() 
 def test_the_evidence_says_what_was_held_and_kept() -> None:
     opt = FusedLoss(FusedLossConfig(positions=8))
     assert not opt.verify().active
-    opt._loss = ChunkedLoss(8)
+    (replacement,) = opt.replace()
     *wanting, labels = inputs(20, 4, 3000)
-    loss, _ = opt._loss(*wanting, labels, count_correct=False)
+    loss, _ = replacement.make(plain)(*wanting, labels, count_correct=False)
     assert not opt.verify().active
     loss.backward()
     evidence = opt.verify()

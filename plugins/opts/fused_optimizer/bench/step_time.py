@@ -5,19 +5,18 @@ python plugins/opts/fused_optimizer/bench/step_time.py
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BertForPreTraining
 
+from core.api.reference import LAMB, LARS, parameter_groups
+from core.api.statistics import race, spread, table
 from timetrial_bert.model import network_config
-from timetrial_bert.optim import LAMB
 from timetrial_fused_optimizer.optimizers import fuse
-from timetrial_resnet.optim import LARS
 
 ROUNDS = 30
 Groups = list[dict[str, Any]]
@@ -33,11 +32,10 @@ def adapting(groups: Groups) -> Groups:
     return [groups[0], {**groups[1], "adapt": False}]
 
 
-def groups_of(model: nn.Module) -> Groups:
-    return [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def step_ms(optimizer: torch.optim.Optimizer) -> float:
+    start = time.perf_counter()
+    optimizer.step()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -48,17 +46,13 @@ def main() -> None:
         p.grad = torch.randn_like(p)
     parameters = list(model.parameters())
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} million parameters in {len(parameters)} tensors, n={ROUNDS}")
+    rows: list[list[str]] = []
     for name, make in BASELINES.items():
-        contenders = [make(groups_of(model)), fuse(make(groups_of(model)))]
-        seconds: list[list[float]] = [[], []]
-        for round in range(ROUNDS + 1):
-            for optimizer, times in zip(contenders, seconds, strict=True):
-                start = time.perf_counter()
-                optimizer.step()
-                if round:  # the first step creates state
-                    times.append(time.perf_counter() - start)
-        spread = [f"{statistics.median(t) * 1e3:.2f} ms ({min(t) * 1e3:.2f} to {max(t) * 1e3:.2f})" for t in seconds]
-        print(f"{name}: {spread[0]}, fused {spread[1]}")
+        baseline, fused = make(parameter_groups(model, 0.01)), fuse(make(parameter_groups(model, 0.01)))
+        contenders = {"baseline": partial(step_ms, baseline), "fused": partial(step_ms, fused)}
+        times = race(contenders, ROUNDS, warmup=1)  # the first step creates state
+        rows.append([name, *(f"{spread(ms):.2f}" for ms in times.values())])
+    print(table(["optimizer", "baseline, ms", "fused, ms"], rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from core.api.errors import UsageError
+from core.api.errors import NotOfferedError
 from core.api.hooks import PROJECT, Hooks, hookimpl
 from core.api.types import Batch, Outputs, StepParts
 from timetrial_grad_accumulation.accumulation import Accumulation, combine, split
@@ -78,7 +78,7 @@ def test_data_without_a_batch_dimension_goes_to_every_micro_batch() -> None:
 
 
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"cannot split this workload's batches: .* 4, 7 elements"):
+    with pytest.raises(NotOfferedError, match=r"cannot split this workload's batches: .* 4, 7 elements"):
         split(Batch({"packed": torch.zeros(7), "starts": torch.zeros(4)}, samples=4), 2, 1)
 
 
@@ -135,7 +135,7 @@ def test_evidence_counts_micro_batches_and_names_the_change(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(dropout))
     workload = SimpleNamespace(spec=SimpleNamespace(batch_statistics=batch_statistics))
-    ctx: Any = SimpleNamespace(figures={}, model=model, distributed_model=model, world_size=1, workload=workload)
+    ctx: Any = SimpleNamespace(model=model, distributed_model=model, data_size=1, workload=workload)
     manager, plugin = (pluggy.PluginManager(PROJECT), GradAccumulation(GradAccumulationConfig(steps=4)))
     manager.add_hookspecs(Hooks)
     manager.register(Baseline())
@@ -148,4 +148,4 @@ def test_evidence_counts_micro_batches_and_names_the_change(
     assert evidence.active
     assert evidence.figures == {"steps_by_micro_batches": {"3": 1, "4": 1}}
     assert evidence.numerics == numerics
-    assert ctx.figures == {"gradient_accumulation_steps": 4}
+    assert parts.micro_batches == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchaudio.functional import rnnt_loss
 
-from core.api.errors import UsageError
+from core.api.errors import NotHereError
+from core.api.types import RunContext
 from core.testing.cli import run_cli
+from core.testing.contexts import hooks_of, lone_context
 from timetrial_lean_transducer.loss import LeanLoss
 from timetrial_lean_transducer.plugin import LeanTransducer, LeanTransducerConfig
 
@@ -27,7 +28,7 @@ RTOL = 1e-5
 
 
 class Joint(nn.Module):
-    """What the seam "rnnt.loss" is given, as the workload has it."""
+    """What the seam TRANSDUCER_LOSS is given, as the workload has it."""
 
     def __init__(self, width: int, vocabulary: int, dropout: float) -> None:
         super().__init__()
@@ -278,21 +279,16 @@ def opt(**changes: Any) -> LeanTransducer:
     return LeanTransducer(LeanTransducerConfig(**config))
 
 
+def on_rank(model: nn.Module) -> RunContext:
+    ctx = lone_context(Path(), "workload=toy")
+    ctx.model = model
+    return ctx
+
+
 def replaced(plugin: LeanTransducer) -> LeanLoss:
-    """What the hook makes of the workload's default."""
-    wrapper = plugin.component(SimpleNamespace(device=torch.device("cpu")), "rnnt.loss")
-    next(wrapper)
-    with pytest.raises(StopIteration) as end:
-        wrapper.send(torchaudio_loss)
-    return end.value.value
-
-
-def prepared(plugin: LeanTransducer, ctx: Any) -> Any:
-    wrapper = plugin.prepare_model(ctx, ctx.model)
-    next(wrapper)
-    with pytest.raises(StopIteration) as end:
-        wrapper.send(ctx.model)
-    return end.value.value
+    """What the opt makes of the workload's default."""
+    (replacement,) = plugin.replace(lone_context(Path(), "workload=toy"))
+    return replacement.make(torchaudio_loss)
 
 
 def test_without_a_call_for_training_there_is_no_evidence() -> None:
@@ -336,28 +332,22 @@ def test_dropout_is_declared_to_change_the_numbers() -> None:
 def test_pruning_gives_the_model_a_simple_joint_and_declares_that_it_changes_the_numbers() -> None:
     made = example([(10, 4)], vocabulary=400)
     model = nn.ModuleDict({"joint": made[0]})
-    ctx = SimpleNamespace(device=torch.device("cpu"), model=model, seed_for=lambda *_: 1)
+    ctx = on_rank(model)
     for mode, parameters in (("exact", 2), ("pruned", 5)):
         loss = replaced(plugin := opt(mode=mode))
-        prepared(plugin, ctx)
+        hooks_of(plugin).prepare_model(ctx=ctx, model=model)
         assert len(list(model.parameters())) == parameters
         with_gradients(loss, made)
         assert plugin.verify().numerics == (None if mode == "exact" else "changes")
 
 
-def test_pruning_is_refused_where_the_joint_network_cannot_be_found() -> None:
-    ctx = SimpleNamespace(device=torch.device("cpu"), model=nn.Linear(2, 2), seed_for=lambda *_: 1)
-    with pytest.raises(UsageError, match="mode=pruned: the model has 0 modules"):
-        prepared(opt(mode="pruned"), ctx)
-
-
-def test_a_workload_without_the_seam_is_refused(tmp_path: Path) -> None:
-    refused = run_cli("workload=toy", "+opt=lean_transducer", run_dir=tmp_path / "run").expect(2)
-    assert "replaces rnnt.loss, which workload 'toy' does not offer" in refused.stderr
+def test_a_workload_without_the_seam_is_refused_in_either_mode(tmp_path: Path) -> None:
+    for mode in ("exact", "pruned"):
+        arguments = ("workload=toy", "+opt=lean_transducer", f"opt.lean_transducer.mode={mode}")
+        refused = run_cli(*arguments, run_dir=tmp_path / mode).expect(2)
+        assert "acts on rnnt.loss, which workload 'toy' does not offer" in refused.stderr
 
 
 def test_the_triton_kernel_is_refused_where_there_is_no_gpu() -> None:
-    wrapper = opt(recursion="triton").component(SimpleNamespace(device=torch.device("cpu")), "rnnt.loss")
-    next(wrapper)
-    with pytest.raises(UsageError, match="recursion=triton needs a GPU"):
-        wrapper.send(torchaudio_loss)
+    with pytest.raises(NotHereError, match="recursion=triton needs a GPU"):
+        replaced(opt(recursion="triton"))

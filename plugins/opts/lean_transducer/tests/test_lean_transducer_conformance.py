@@ -18,7 +18,7 @@ class TestLeanTransducer(OptSuite):
         "workload.encoder_hidden=32",
         "workload.predictor_hidden=16",
         "workload.joint_hidden=24",
-        "workload.target=1.0",
+        "workload.targets.word_error_rate=1.0",
     )
     settings = ("opt.lean_transducer.chunk=500",)
     steps = 6

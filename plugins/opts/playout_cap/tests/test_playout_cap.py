@@ -11,8 +11,7 @@ from torch import Tensor
 from core.api.config import validate
 from core.api.errors import UsageError
 from core.api.types import RunContext
-from core.compose.resolve import plugin_manager
-from core.engine.worker import Baseline
+from timetrial_minigo.seams import FIGURE, PLAYOUTS, Playouts
 from timetrial_playout_cap.plugin import PlayoutCap, PlayoutCapConfig
 
 GAMES, FULL = 4000, 24
@@ -22,15 +21,15 @@ def context(seed: int = 1) -> Any:
     return RunContext(config=None, run_dir=None, seed=seed)  # pyright: ignore[reportArgumentType]
 
 
-def capped(plugin: PlayoutCap, ctx: Any) -> Any:
-    """What becomes of playouts that give every move a full search."""
+def capped(plugin: PlayoutCap, ctx: Any) -> Playouts:
+    """What it makes of playouts that give every move a full search."""
 
     def inner(generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
         return torch.full((games,), FULL), torch.ones(games, dtype=torch.bool)
 
-    manager = plugin_manager([], {}, [Baseline()])
-    manager.register(plugin)
-    return manager.hook.component(ctx=ctx, name="minigo.playouts", default=inner)
+    (replacement,) = plugin.replace(ctx)
+    assert replacement.seam == PLAYOUTS
+    return replacement.make(inner)
 
 
 def settings(full_share: float = 0.25, small: float = 0.1667) -> PlayoutCapConfig:
@@ -58,18 +57,11 @@ def test_a_small_search_tries_at_least_one_move(small: float, simulations: int) 
     assert capped(PlayoutCap(settings(1e-9, small)), context())(1, 0, 3)[0].tolist() == [simulations] * 3
 
 
-def test_other_components_are_left_alone() -> None:
-    manager = plugin_manager([], {}, [Baseline()])
-    manager.register(PlayoutCap(settings()))
-    untouched = object()
-    assert manager.hook.component(ctx=context(), name="loss", default=untouched) is untouched
-
-
 def test_the_evidence_is_worked_out_from_the_searches_that_took_place() -> None:
     plugin, ctx = PlayoutCap(settings()), context()
     capped(plugin, ctx)
     assert not plugin.verify(ctx).active
-    ctx.figures["selfplay"] = {"searches": 100, "recorded": 20, "simulations": 20 * 24 + 80 * 4}
+    ctx.figures[FIGURE] = {"searches": 100, "recorded": 20, "simulations": 20 * 24 + 80 * 4}
     evidence = plugin.verify(ctx)
     assert evidence.active
     assert evidence.figures["full_share"] == 0.2
@@ -80,7 +72,7 @@ def test_the_evidence_is_worked_out_from_the_searches_that_took_place() -> None:
 def test_without_small_searches_it_is_not_active() -> None:
     plugin, ctx = PlayoutCap(settings(full_share=1.0)), context()
     assert capped(plugin, ctx)(1, 0, GAMES)[1].all()
-    ctx.figures["selfplay"] = {"searches": 100, "recorded": 100, "simulations": 2400}
+    ctx.figures[FIGURE] = {"searches": 100, "recorded": 100, "simulations": 2400}
     assert not plugin.verify(ctx).active
 
 

@@ -10,8 +10,8 @@ class TestPlayoutCap(OptSuite):
     workload = (
         "workload=minigo", "workload.width=8", "workload.blocks=1", "workload.games=8", "workload.parallel_games=8",
         "workload.simulations=8", "workload.epoch_examples=128", "workload.global_batch_size=32",
-        "workload.eval_first=4", "workload.eval_every=1", "workload.eval_games=8", "workload.eval_simulations=16",
-        "workload.opponent_simulations=2", "workload.target=0.1",
+        "workload.eval.first=4", "workload.eval.every=1", "workload.eval_games=8", "workload.eval_simulations=16",
+        "workload.opponent_simulations=2", "workload.targets.win_rate=0.1",
     )  # fmt: skip
     float64 = True  # the last bit of a float32 can choose another move, and so another game
     changes_by = 0.5

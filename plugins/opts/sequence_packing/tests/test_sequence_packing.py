@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from core.api.types import Batch
+from core.testing.contexts import hooks_of
+from timetrial_bert.seams import IGNORED
 from timetrial_sequence_packing.encoder import Encoder
-from timetrial_sequence_packing.packing import IGNORED, Counts, Rounding, best_fit, narrowest, pack, packed
+from timetrial_sequence_packing.packing import Counts, Rounding, best_fit, narrowest, pack
 from timetrial_sequence_packing.plugin import SequencePacking, SequencePackingConfig
 
 pytestmark = pytest.mark.numbers
@@ -168,14 +170,15 @@ def test_under_autocast_it_stays_close_and_finite() -> None:
     torch.testing.assert_close(cls.float(), padded(bert, data)[1], rtol=0.1, atol=0.1)
 
 
-def test_batches_and_their_data_are_packed_and_anything_else_is_left_alone() -> None:
-    data, counts = batch(), Counts()
-    found = packed(Batch(data, samples=12, weight=0.5), Rounding(), counts)
-    assert (found.samples, found.weight) == (12, 0.5)
-    assert torch.equal(found.data["input_ids"], packed(data, Rounding(), counts)["input_ids"])
-    others = {"images": torch.zeros(2)}
-    assert packed(others, Rounding(), counts) is others
-    assert counts.batches == 2
+@pytest.mark.parametrize("purpose", ["train", "evaluate", "warm_up"])
+def test_every_batch_is_packed_whatever_its_purpose_and_keeps_its_weight(purpose: str) -> None:
+    opt, stream = SequencePacking(CONFIG), [Batch(batch(), samples=12, weight=0.5)] * 2
+    for _ in range(2):  # two epochs, or evaluations
+        one, other = hooks_of(opt).transform(ctx=None, batches=stream, purpose=purpose)
+        assert (one.samples, one.weight) == (12, 0.5)
+        assert torch.equal(one.data["input_ids"], pack(batch(), Rounding())["input_ids"])
+        assert torch.equal(other.data["picked"], one.data["picked"])
+    assert opt._counts is not None and opt._counts.batches == 4
 
 
 def test_a_padded_batch_goes_to_the_workloads_own_encoder_and_is_no_evidence() -> None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.api.mesh import Dimension, Mesh, arrange
 from core.testing.hosts import bytes_sent
-from timetrial_sharp.nodes import launched, launcher_node
+from timetrial_sharp.nodes import launched, launcher_node, sets_of_peers
 from timetrial_sharp.two_level import TwoLevel
 
 CPU = torch.device("cpu")
@@ -23,11 +24,11 @@ WIDTH, LAYERS = 512, 16
 GRADIENT_BYTES = LAYERS * WIDTH * WIDTH * 4
 
 
-def two_level(chunk_bytes: int) -> TwoLevel:
+def two_level(chunk_bytes: int, dimensions: tuple[Dimension, ...] = ()) -> TwoLevel:
     numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(numbers, torch.tensor([launcher_node()]))
-    nodes = launched([int(n) for n in numbers])
-    return TwoLevel(nodes, dist.get_rank(), CPU, chunk_bytes, timedelta(seconds=60))
+    sets = sets_of_peers(launched([int(n) for n in numbers]), Mesh(arrange(dimensions, len(numbers))))
+    return TwoLevel(sets, dist.get_rank(), CPU, chunk_bytes, timedelta(seconds=60))
 
 
 def link() -> None:
@@ -77,6 +78,15 @@ def flat(buffer: Tensor) -> Tensor:
     return (mean / dist.get_world_size()).to(buffer.dtype)
 
 
+def split_model() -> None:
+    """Ranks as data 2 x tensor 2: ranks 0 and 2 hold one part of the model, 1 and 3 the other."""
+    ours = two_level(256, (Dimension(name="tensor", size=2, splits_data=False, nearness=30),))
+    part = dist.get_rank() % 2
+    buffer = torch.full((65 + part,), float(dist.get_rank()))
+    ours.average(buffer).wait()
+    assert torch.equal(buffer, torch.full((65 + part,), 1.0 + part))  # the mean of 0 and 2, or of 1 and 3
+
+
 def dead_peer() -> None:
     ours = two_level(chunk_bytes=2**20)
     if dist.get_rank() == 3:
@@ -96,5 +106,5 @@ def dead_peer() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {f.__name__: f for f in (link, values, dead_peer)}[sys.argv[1]]()
+    {f.__name__: f for f in (link, values, split_model, dead_peer)}[sys.argv[1]]()
     dist.destroy_process_group()

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.api.errors import UsageError
+from core.api.errors import ConflictError, NotHereError
+from core.api.mesh import Mesh, arrange
+from core.api.seams import GRADIENT_BUCKETS
 from timetrial_sharp.in_network import log_file, plugin_library, read_log
 from timetrial_sharp.nodes import declared
 from timetrial_sharp.plugin import Sharp, SharpConfig
@@ -73,13 +75,14 @@ class Alone:
 
 
 def sharp(**settings: Any) -> Sharp:
-    defaults = {"ranks_per_node": None, "chunk_mb": 2.0, "bucket_cap_mb": 64.0, "register_buffers": False}
+    defaults = {"ranks_per_node": None, "chunk_mib": 2.0, "bucket_cap_mib": 64.0, "register_buffers": False}
     return Sharp(SharpConfig(**{"reduction": "auto", **defaults, **settings}))
 
 
 def context(run_dir: Path, device: str = "cuda", ranks: int = 4) -> Any:
     backend = Alone(ranks, device)
-    return SimpleNamespace(backend=backend, rank=0, world_size=ranks, device=backend.device, run_dir=run_dir)
+    mesh = Mesh(arrange([], ranks))
+    return SimpleNamespace(backend=backend, mesh=mesh, rank=0, world_size=ranks, device=backend.device, run_dir=run_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +104,14 @@ def make_plugin(folder: Path, *, collnet: bool) -> Path:
 
 
 def test_the_request_is_made_through_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config: Any = SimpleNamespace(launch=SimpleNamespace(nproc=4))
-    request = sharp().environment(config)
+    request = sharp().environment()
     assert request["NCCL_COLLNET_ENABLE"] == "1"
     assert (request["NCCL_DEBUG"], "TUNING" in request["NCCL_DEBUG_SUBSYS"]) == ("INFO", True)
     assert "NCCL_ALGO" not in request and "NCCL_NET_PLUGIN" not in request
-    assert sharp(reduction="two_level").environment(config) == {}
+    assert sharp(reduction="two_level").environment() == {}
     monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}")
     library = make_plugin(tmp_path, collnet=True)
-    assert sharp().environment(config)["NCCL_NET_PLUGIN"] == str(library)
+    assert sharp().environment()["NCCL_NET_PLUGIN"] == str(library)
 
 
 def test_a_network_plugin_without_collnet_is_not_taken_for_sharp(
@@ -139,7 +141,7 @@ def test_nccl_on_one_node_relies_on_nvlink_sharp(tmp_path: Path) -> None:
     (tmp_path / "nccl_rank0.log").write_text(NVLINK)
     assert decide(sharp(), context(tmp_path))
     (tmp_path / "nccl_rank0.log").write_text(NEITHER)
-    with pytest.raises(UsageError, match="NCCL finds no NVLink SHARP there"):
+    with pytest.raises(NotHereError, match="NCCL finds no NVLink SHARP there"):
         decide(sharp(), context(tmp_path))
 
 
@@ -154,7 +156,7 @@ def test_nccl_on_several_nodes_relies_on_the_plugin_library(tmp_path: Path, monk
 
 
 def test_in_network_reduction_needs_nccl(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"needs NCCL: use backend=nccl, or reduction=two_level"):
+    with pytest.raises(ConflictError, match=r"needs NCCL: use backend=nccl, or reduction=two_level"):
         decide(sharp(reduction="in_network"), context(tmp_path, device="cpu"))
 
 
@@ -182,15 +184,10 @@ def test_what_was_asked_for_and_not_used_is_missing_evidence(tmp_path: Path, log
 
 def test_buckets_are_large_enough_for_the_switches_and_never_made_smaller(tmp_path: Path) -> None:
     opt = sharp()
+    buckets = next(r for r in opt.replace(context(tmp_path)) if r.seam is GRADIENT_BUCKETS)
+    plain = {"bucket_cap_mb": 25.0, "bucket_at_least_mb": 0.0}
+    opt._in_network = False
+    assert buckets.make(plain) == plain
     opt._in_network = True
-    assert asked(opt, "ddp", {"bucket_cap_mb": 25.0, "more": 1}) == {"bucket_cap_mb": 64.0, "more": 1}
-    assert asked(opt, "ddp", {"bucket_cap_mb": 100.0}) == {"bucket_cap_mb": 100.0}
-    assert asked(opt, "loss", "untouched") == "untouched"
-
-
-def asked(opt: Sharp, name: str, inner: Any) -> Any:
-    wrapper = opt.component(name)
-    next(wrapper)
-    with pytest.raises(StopIteration) as returned:
-        wrapper.send(inner)
-    return returned.value.value
+    assert buckets.make(plain) == {"bucket_cap_mb": 25.0, "bucket_at_least_mb": 64.0}
+    assert buckets.make({**plain, "bucket_at_least_mb": 100.0})["bucket_at_least_mb"] == 100.0

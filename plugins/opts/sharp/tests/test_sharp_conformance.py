@@ -20,6 +20,7 @@ class TestSharp(OptSuite):
     def test_two_ranks_give_the_result_of_one(self, tmp_path: Path) -> None:
         """Not here: with two on a node they are one node, which is refused with the reason."""
         refused = run_cli(*self.arguments, "launch.nproc=2", run_dir=tmp_path / "run").expect(2)
+        assert refused.failure == "not_here"
         assert "all 2 ranks are on one node (says opt.sharp.ranks_per_node=2)" in refused.stderr
 
     @pytest.mark.convergence

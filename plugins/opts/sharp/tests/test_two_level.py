@@ -34,6 +34,11 @@ def test_it_gives_the_mean_over_all_ranks_whatever_the_length_and_format() -> No
         rank.expect(0)
 
 
+def test_where_the_model_is_split_only_ranks_with_the_same_part_average() -> None:
+    for rank in run_program(RANKS, "split_model", nodes="0011"):
+        rank.expect(0)
+
+
 def test_a_dead_peer_fails_the_backward_pass_of_the_others() -> None:
     *survivors, dead = run_program(RANKS, "dead_peer", nodes="0011")
     assert all("gloo" in survivor.expect(0).stdout.lower() for survivor in survivors)
@@ -72,8 +77,19 @@ def test_a_run_on_two_hosts_finds_its_nodes_from_the_launcher(tmp_path: Path) ->
     assert found["figures"]["across_bytes"] * 2 == found["figures"]["gradient_bytes"]
 
 
-def test_a_size_that_does_not_divide_is_refused_before_any_process_starts(tmp_path: Path) -> None:
-    arguments = ("workload=toy", "backend=gloo", "launch.nproc=4", "+opt=sharp", "opt.sharp.ranks_per_node=3")
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        (("ranks_per_node=3",), "usage", "ranks_per_node=3 does not divide 4 ranks"),
+        (("ranks_per_node=4", "reduction=two_level"), "not_here", "all 4 ranks are on one node"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused_before_any_process_starts(
+    settings: tuple[str, ...], kind: str, words: str, tmp_path: Path
+) -> None:
+    given = [f"opt.sharp.{setting}" for setting in settings]
+    arguments = ("workload=toy", "backend=gloo", "launch.nproc=4", "+opt=sharp", *given)
     refused = run_cli(*arguments, run_dir=tmp_path / "run").expect(2)
-    assert "ranks_per_node=3 does not divide 4 ranks" in refused.stderr
+    assert refused.failure == kind
+    assert words in refused.stderr
     assert not (tmp_path / "run").exists()

@@ -11,17 +11,18 @@ of each.
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from core.api.statistics import race, ratios, spread, table
+
 sys.path.insert(0, str(Path(__file__).parent))
-from step import instead_of_the_loop, spread
+from step import instead_of_the_loop, report_of
 
 CALLS = 9
 IMAGES, REGIONS, OBJECTS, CLASSES, DETECTIONS = 2, 1000, 20, 80, 100
@@ -67,7 +68,7 @@ def milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
         started = time.process_time()
         function(*arguments)
         seconds.append(time.process_time() - started)
-    return statistics.median(seconds) * 1e3
+    return median(seconds) * 1e3
 
 
 def measure(opts: str) -> dict[str, float]:
@@ -90,20 +91,14 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[2])))
         return
     rounds = int(sys.argv[2]) if sys.argv[1:2] == ["--rounds"] else 7
-    found: dict[str, list[dict[str, float]]] = {"": [], "static_detection": []}
-    for _ in range(rounds):
-        for opts, runs in found.items():
-            env = {"OMP_NUM_THREADS": "1", **os.environ}
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", opts], env=env, stdout=subprocess.PIPE, check=True
-            )
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| part | baseline, CPU ms an image: median (minimum to maximum) | static_detection | speed-up | n |")
-    print("|---|---|---|---|---|")
+    found = race({opts: partial(report_of, __file__, "--one", opts) for opts in ("", "static_detection")}, rounds)
+    rows: list[list[object]] = []
     for part in ("suppression", "masks"):
-        times = [[run[part] for run in runs] for runs in found.values()]
-        gains = [old / new for old, new in zip(*times, strict=True)]
-        print(f"| {part} | {spread(times[0])} | {spread(times[1])} | {spread(gains, '.2f')} | {rounds} |")
+        old, new = ([run[part] for run in runs] for runs in found.values())
+        gains = spread(ratios(old, new))
+        rows.append([part, f"{spread(old):.1f}", f"{spread(new):.1f}", f"{gains:.2f}", rounds])
+    columns = ["part", "baseline, CPU ms an image: median (least to most)", "static_detection", "speed-up", "n"]
+    print(table(columns, rows))
 
 
 if __name__ == "__main__":

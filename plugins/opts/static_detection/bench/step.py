@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
+from statistics import median
 from typing import Any
+
+from core.api.statistics import race, ratios, spread, table
 
 STEPS = 12
 """Timed, after two to warm up and one that is counted."""
@@ -126,9 +129,9 @@ def measure(overrides: list[str], timed: int) -> dict[str, Any]:
             on_cpu.append(time.process_time() - started_cpu)
         report["host_synchronisations"] = dict(waits)
         if seconds:
-            report["step_ms"] = statistics.median(seconds) * 1e3
-            report["cpu_ms"] = statistics.median(on_cpu) * 1e3
-            report["images_per_s"] = ctx.workload.global_batch_size / statistics.median(seconds)
+            report["step_ms"] = median(seconds) * 1e3
+            report["cpu_ms"] = median(on_cpu) * 1e3
+            report["images_per_s"] = ctx.workload.global_batch_size / median(seconds)
         return "throughput"
 
     code = instead_of_the_loop(overrides, train)
@@ -137,27 +140,25 @@ def measure(overrides: list[str], timed: int) -> dict[str, Any]:
     return report
 
 
+def report_of(*command: str) -> dict[str, Any]:
+    """What this Python program prints on its last line, run with one thread."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(overrides: list[str], rounds: int) -> None:
-    found: dict[str, list[dict[str, Any]]] = {"baseline": [], "static_detection": []}
-    for _ in range(rounds):
-        for name, runs in found.items():
-            more = [] if name == "baseline" else ["+opt=static_detection"]
-            command = [sys.executable, __file__, *overrides, *more]
-            env = {"OMP_NUM_THREADS": "1", **os.environ}
-            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| | host synchronisations a step | ms a step | images/s | CPU ms a step | of the baseline's |")
-    print("|---|---|---|---|---|---|")
+    baseline = partial(report_of, __file__, *overrides)
+    found = race({"baseline": baseline, "static_detection": partial(baseline, "+opt=static_detection")}, rounds)
+    rows: list[list[object]] = []
     for name, runs in found.items():
         waits = sum(runs[0]["host_synchronisations"].values())
-        cells = [spread([run[key] for run in runs]) for key in ("step_ms", "images_per_s", "cpu_ms")]
-        ratios = [mine["cpu_ms"] / base["cpu_ms"] for base, mine in zip(found["baseline"], runs, strict=True)]
-        print(f"| {name} | {waits} | {' | '.join(cells)} | {spread(ratios, '.2f')} |")
-    print(f"\nMedian (minimum to maximum), n = {rounds} processes of {STEPS} steps each.")
-
-
-def spread(values: list[float], form: str = ".1f") -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        times = [f"{spread([run[key] for run in runs]):.1f}" for key in ("step_ms", "images_per_s", "cpu_ms")]
+        slower = spread(ratios([run["cpu_ms"] for run in runs], [run["cpu_ms"] for run in found["baseline"]]))
+        rows.append([name, waits, *times, f"{slower:.2f}"])
+    columns = ["", "host synchronisations a step", "ms a step", "images/s", "CPU ms a step", "of the baseline's"]
+    print(table(columns, rows))
+    print(f"\nMedian (least to most), n = {rounds} processes of {STEPS} steps each.")
 
 
 def main() -> None:

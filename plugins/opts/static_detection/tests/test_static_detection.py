@@ -21,9 +21,11 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from core.api.types import Batch
 from core.testing.cli import environment, run_ranks
+from core.testing.contexts import hooks_of, lone_context
 from core.testing.suites import cached_run
 from timetrial_static_detection.fixed import Fixed, overlap, suppress
 from timetrial_static_detection.pasting import masks, run_lengths
+from timetrial_static_detection.plugin import StaticDetection, StaticDetectionConfig
 
 CPU = torch.device("cpu")
 STEP = Path(__file__).parent.parent / "bench" / "step.py"
@@ -158,6 +160,19 @@ def test_room_for_objects_is_filled_up_or_cut_and_counted() -> None:
     assert fixed.figures()["over_objects"] == 1
 
 
+def test_training_batches_and_the_example_get_room_and_evaluation_has_no_objects() -> None:
+    data = {"boxes": torch.zeros(1, 1, 4), "labels": torch.zeros(1, 1), "masks": torch.zeros(1, 1, 5, 5)}
+    ctx = lone_context(Path(), "workload=toy")
+
+    def objects(room: int | None, purpose: str) -> int:
+        opt = StaticDetection(StaticDetectionConfig(rounds=1, candidates=1, objects=room))
+        (batch,) = hooks_of(opt).transform(ctx=ctx, batches=[Batch(data, 1)], purpose=purpose)
+        return batch.data["labels"].shape[1]
+
+    assert [objects(4, purpose) for purpose in ("train", "warm_up", "evaluate")] == [4, 4, 1]
+    assert objects(None, "train") == 1
+
+
 def host_synchronisations(*overrides: str) -> dict[str, Any]:
     """Of one training step of the embedded workload, by operation; bench/step.py counts them."""
     small = ("workload=maskrcnn", "workload.train_scenes=64", "workload.global_batch_size=4", *overrides)
@@ -222,7 +237,7 @@ def test_losses_equal_the_baselines_over_twenty_steps_and_nothing_overflows(tmp_
 
 SHORT = (
     "workload=maskrcnn", "workload.train_scenes=20", "workload.eval_scenes=4", "workload.global_batch_size=4",
-    "workload.eval_first_epoch=1", "workload.warmup_steps=5", "workload.least_score=0.0001", "stop.epochs=1",
+    "workload.eval.first=1", "workload.lr_warmup_steps=5", "workload.least_score=0.0001", "stop.epochs=1",
     "workload.proposals_eval=10", "workload.detections=100",
 )  # fmt: skip
 """Five steps and an evaluation with detections: none is left out for its rank, which the last bit could decide."""

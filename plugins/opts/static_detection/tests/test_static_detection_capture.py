@@ -1,4 +1,4 @@
-"""With this opt a whole training step can be captured: its spec says so, and on a GPU it is."""
+"""With this opt a whole training step can be captured: the workload says so, and on a GPU it is."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from core.api.hooks import hookimpl
-from core.api.types import WorkloadSpec
-from core.compose.discovery import Installed, discover
-from core.compose.resolve import plugin_manager
+from core.api.types import Capture
 from core.testing.cli import environment, run_cli
+from core.testing.contexts import hooks_of, lone_workload
+from core.testing.matrix import installed_opts, spec_of
+from timetrial_static_detection.plugin import StaticDetection, StaticDetectionConfig
+
+pytestmark = pytest.mark.numbers
 
 pytestmark = pytest.mark.numbers
 
@@ -26,27 +27,28 @@ GPU = ("workload=maskrcnn", "backend=single", "backend.device=cuda", "determinis
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Uncapturable:
-    """Gives a workload of whose step nothing can be captured."""
+class Inner:
+    """Gives the workload as it is without an opt."""
+
+    def __init__(self, workload: Any) -> None:
+        self.workload = workload
 
     @hookimpl
     def make_workload(self) -> Any:
-        return SimpleNamespace(spec=WorkloadSpec(interface=1, summary="", benchmark="maskrcnn"))
+        return self.workload
 
 
-def opts(*names: str) -> tuple[list[Installed], dict[str, Any]]:
-    registry = discover()
-    found = [registry.find("opt", name) for name in names]
-    return found, {"opt": {o.name: OmegaConf.load(o.conf_dir / "opt" / f"{o.name}.yaml") for o in found}}
+def test_the_whole_step_of_the_workload_can_be_captured_with_it(tmp_path: Path) -> None:
+    plain = lone_workload(tmp_path, "maskrcnn")
+    assert plain.capture == Capture()
+    opt = StaticDetection(StaticDetectionConfig(rounds=1, candidates=1, objects=None))
+    assert hooks_of(Inner(plain), opt).make_workload(ctx=plain.ctx).capture == Capture(step=True)
 
 
-@pytest.mark.parametrize("names", [("static_detection", "cuda_graphs"), ("cuda_graphs", "static_detection")])
-def test_an_opt_that_captures_sees_a_step_that_can_be_captured_whichever_lies_inside(names: tuple[str, str]) -> None:
-    if "cuda_graphs" not in discover().names("opt"):
+def test_what_captures_encloses_it() -> None:
+    if "cuda_graphs" not in installed_opts():
         pytest.skip("the opt cuda_graphs is not installed")
-    plugins, config = opts(*names)
-    workload = plugin_manager(plugins, config, [Uncapturable()]).hook.make_workload(ctx=None)
-    assert workload.spec.capture == "step"
+    assert "static_detection" in spec_of("cuda_graphs").wraps
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from core.api.types import Purpose
 from timetrial_stream_overlap.feed import Counts, Feed
 
 CPU = torch.device("cpu")
@@ -18,7 +19,11 @@ DEADLINE_S = 20.0
 
 
 def feed(items: Iterable[Any], depth: int = 2, counts: Counts | None = None) -> Iterator[Any]:
-    return Feed(iter, CPU, depth)(items, counts or Counts())
+    def plain(batches: Iterable[Any], purpose: Purpose) -> Iterator[Any]:
+        assert purpose == "evaluate"
+        return iter(batches)
+
+    return Feed(plain, CPU, depth)(items, "evaluate", counts or Counts())
 
 
 def threads() -> list[str]:

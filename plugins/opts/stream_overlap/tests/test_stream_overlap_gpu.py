@@ -1,4 +1,4 @@
-"""What only a GPU can show: copies and updates on streams of their own."""
+"""What only a GPU can show: copies and updates on separate streams."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from core.api.tree import map_tensors
+from core.api.types import Purpose
 from timetrial_stream_overlap.feed import Counts, Feed
 from timetrial_stream_overlap.updates import BackwardUpdates
 
@@ -17,21 +18,25 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GPU = torch.device("cuda", 0)
 
 
-def to_device(items: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    return (pytree.tree_map_only(Tensor, lambda tensor: tensor.to(GPU), item) for item in items)
+def to_device(items: Iterable[dict[str, Tensor]], purpose: Purpose) -> Iterator[dict[str, Tensor]]:
+    return (map_tensors(lambda tensor: tensor.to(GPU), item) for item in items)
+
+
+def fed(items: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    return Feed(to_device, GPU, 2)(items, "train", Counts())
 
 
 def test_what_is_copied_beside_the_steps_arrives_whole() -> None:
     """Large copies, and a consumer that starts at once: without the event it would read what is not there yet."""
     sources = [{"x": torch.full((2_000_000,), float(n)), "n": torch.tensor(n)} for n in range(20)]
-    sums = [item["x"].sum(dtype=torch.float64) for item in Feed(to_device, GPU, 2)(iter(sources), Counts())]
+    sums = [item["x"].sum(dtype=torch.float64) for item in fed(iter(sources))]
     assert [s.item() for s in sums] == [2_000_000.0 * n for n in range(20)]
 
 
 def test_memory_that_was_handed_out_is_not_used_again_while_it_is_read() -> None:
     weight = torch.randn(4096, 4096, device=GPU)
     results: list[Tensor] = []
-    for item in Feed(to_device, GPU, 2)(({"x": torch.full((4096, 256), float(n))} for n in range(20)), Counts()):
+    for item in fed({"x": torch.full((4096, 256), float(n))} for n in range(20)):
         busy = weight @ weight  # keeps the consumer's stream behind
         results.append((item["x"] + 0 * busy[:, :256]).mean())
         del item
@@ -45,7 +50,7 @@ def test_items_made_on_the_device_from_what_the_consumer_made_are_whole() -> Non
         for n in range(5):
             yield {"x": base + n}
 
-    seen = [item["x"] - n for n, item in enumerate(Feed(to_device, GPU, 2)(items(), Counts()))]
+    seen = [item["x"] - n for n, item in enumerate(fed(items()))]
     assert all(torch.allclose(x, base, atol=1e-2) for x in seen)
 
 

@@ -97,11 +97,11 @@ def process_group() -> Iterator[None]:
 
 def distributed(model: nn.Module, updates: BackwardUpdates, hook: Any = average) -> DistributedDataParallel:
     ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKET / 2**20, gradient_as_bucket_view=True)
-    ddp.register_comm_hook(None, updates.after(hook))
+    ddp.register_comm_hook(ddp.process_group, updates.after(hook))
     return ddp
 
 
-def elsewhere(state, bucket):  # torch refuses annotations that are strings
+def elsewhere(group, bucket):  # torch refuses annotations that are strings
     """A hook whose result is not the bucket's own memory."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer().clone())

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from core.api.types import Batch
+from core.testing.contexts import hooks_of
+from timetrial_bert.seams import IGNORED
 from timetrial_unpad.attention import flash, grouped, nested, one_by_one
-from timetrial_unpad.batch import IGNORED, Counts, unpad, unpadded
+from timetrial_unpad.batch import Counts, unpad
 from timetrial_unpad.encoder import Encoder
 from timetrial_unpad.plugin import Unpad, UnpadConfig
 
@@ -203,14 +205,15 @@ def test_under_autocast_attention_is_bfloat16_and_close() -> None:
     torch.testing.assert_close(cls.float(), expected[flat["next_sentence_labels"]], rtol=0.1, atol=0.1)
 
 
-def test_batches_and_their_data_are_unpadded_and_anything_else_is_left_alone() -> None:
-    data, counts = batch(), Counts()
-    found = unpadded(Batch(data, samples=12, weight=0.5), 1, counts)
-    assert (found.samples, found.weight) == (12, 0.5)
-    assert torch.equal(found.data["input_ids"], unpadded(data, 1, counts)["input_ids"])
-    others = {"images": torch.zeros(2)}
-    assert unpadded(others, 1, counts) is others
-    assert counts.batches == 2
+@pytest.mark.parametrize("purpose", ["train", "evaluate", "warm_up"])
+def test_every_batch_is_unpadded_whatever_its_purpose_and_keeps_its_weight(purpose: str) -> None:
+    opt, stream = Unpad(UnpadConfig(round_to=1)), [Batch(batch(), samples=12, weight=0.5)] * 2
+    for _ in range(2):  # two epochs, or evaluations
+        one, other = hooks_of(opt).transform(ctx=None, batches=stream, purpose=purpose)
+        assert (one.samples, one.weight) == (12, 0.5)
+        assert torch.equal(one.data["input_ids"], unpad(batch())["input_ids"])
+        assert torch.equal(other.data["picked"], one.data["picked"])
+    assert opt._counts is not None and opt._counts.batches == 4
 
 
 def test_a_padded_batch_goes_to_the_workloads_own_encoder_and_is_no_evidence() -> None:

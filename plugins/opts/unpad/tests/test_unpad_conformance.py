@@ -15,8 +15,8 @@ class TestUnpad(OptSuite):
         "workload.short_probability=1.0",
         "workload.init_checkpoint=null",
         "workload.global_batch_size=8",
-        "workload.eval_batch_size=64",
-        "workload.eval_every_samples=64",
-        "workload.target=0.001",
+        "workload.eval.batch_size=64",
+        "workload.eval.every=64",
+        "workload.targets.masked_lm_accuracy=0.001",
     )
     steps = 6

@@ -12,7 +12,7 @@ class TestZeroCopyConcat(OptSuite):
         "workload=bert",
         "workload.global_batch_size=16",
         "workload.sequence_length=32",
-        "workload.eval_every_samples=160",
-        "workload.target=0.001",
+        "workload.eval.every=160",
+        "workload.targets.masked_lm_accuracy=0.001",
     )
     steps = 6

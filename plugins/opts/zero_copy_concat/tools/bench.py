@@ -2,19 +2,20 @@
 
     python plugins/opts/zero_copy_concat/tools/bench.py [ROUNDS]
 
-The two alternate round by round; printed are medians, and quartiles of the ratio of the two in one round.
+The two take turns; printed are medians (least to most), and those of the ratio of the two in one round.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from core.api.statistics import race, ratios, row, spread, table
 from timetrial_zero_copy_concat.siblings import find
 
 CASES = {"tiny": (32, 64, 128, 2), "small": (16, 128, 512, 8), "base": (8, 128, 768, 12)}
@@ -31,27 +32,27 @@ def layer(hidden: int, heads: int, together: bool) -> BertSelfAttention:
     return attention
 
 
-def seconds(attention: BertSelfAttention, x: torch.Tensor) -> float:
+def pass_ms(attention: BertSelfAttention, x: torch.Tensor) -> float:
     start = time.perf_counter()
     attention(x)[0].square().mean().backward()
     elapsed = time.perf_counter() - start
     attention.zero_grad()
     x.grad = None
-    return elapsed
+    return elapsed * 1e3
 
 
 def main(rounds: int) -> None:
     torch.set_num_threads(1)
+    print(table(["size", "apart, ms", "together, ms", "apart / together", "n"]))
     for name, (batch, length, hidden, heads) in CASES.items():
         x = torch.randn(batch, length, hidden, requires_grad=True)
-        pair = [layer(hidden, heads, together) for together in (False, True)]
-        times = [[seconds(attention, x) for attention in pair] for _ in range(rounds + 2)][2:]
-        apart, together = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
-        low, middle, high = statistics.quantiles([a / b for a, b in times], n=4)
-        print(
-            f"{name:5}  apart {apart:7.2f} ms  together {together:7.2f} ms  "
-            f"ratio {middle:.3f} ({low:.3f} to {high:.3f}), n={rounds}"
-        )
+        contenders = {
+            "apart": partial(pass_ms, layer(hidden, heads, together=False), x),
+            "together": partial(pass_ms, layer(hidden, heads, together=True), x),
+        }
+        apart, together = race(contenders, rounds, warmup=2).values()
+        gains = spread(ratios(apart, together))
+        print(row([name, f"{spread(apart):.2f}", f"{spread(together):.2f}", f"{gains:.3f}", rounds]), flush=True)
 
 
 if __name__ == "__main__":

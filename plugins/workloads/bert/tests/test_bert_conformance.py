@@ -5,7 +5,7 @@ from core.testing.suites import WORKLOAD_CARD, PluginSuite, WorkloadSuite
 
 class TestBert(WorkloadSuite):
     name = "bert"
-    overrides = ("workload.global_batch_size=8", "workload.sequence_length=32", "workload.eval_batch_size=256")
+    overrides = ("workload.global_batch_size=8", "workload.sequence_length=32", "workload.eval.batch_size=256")
     steps = 6
 
 

@@ -40,7 +40,7 @@ def test_the_closed_configuration_is_a_reference_convergence_point(make: MakeWor
 
 def test_a_closed_run_logs_every_key_and_tensor_of_the_rules(prepared: Path, tmp_path: Path) -> None:
     small = ("size=tiny", "vocab_size=150", "sequence_length=64", "max_predictions=12", "max_positions=64")
-    more = ("masking=dynamic", "global_batch_size=16", "max_eval_samples=16", "eval_every_samples=32", "dropout=0")
+    more = ("masking=dynamic", "global_batch_size=16", "max_eval_samples=16", "eval.every=32", "dropout=0")
     done = run_cli(
         "workload=bert_mlperf", "submission.division=closed", f"data.root={prepared}", "stop.steps=3",
         *(f"workload.{setting}" for setting in (*small, *more)), run_dir=tmp_path / "run",
@@ -60,7 +60,7 @@ def test_a_closed_run_logs_every_key_and_tensor_of_the_rules(prepared: Path, tmp
 
 
 def test_an_open_run_passes_the_official_checker(tmp_path: Path) -> None:
-    small = ("global_batch_size=8", "sequence_length=32", "eval_every_samples=16")
+    small = ("global_batch_size=8", "sequence_length=32", "eval.every=16")
     done = run_cli("workload=bert", "stop.steps=3", *(f"workload.{s}" for s in small), run_dir=tmp_path / "run")
     checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.1.0"]
     log = done.expect(4).run_dir / "result_0.txt"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timetrial_bert.batch import IGNORED
+from timetrial_bert.config import SIZES as CHOICES
 from timetrial_bert.model import SIZES, gather_rows, mlm_loss, network_config
-from timetrial_bert.plugin import SIZES as CHOICES
+from timetrial_bert.seams import IGNORED
 from timetrial_bert.workload import BertWorkload
 
 pytestmark = pytest.mark.numbers
@@ -24,7 +24,8 @@ SMALL = ("size=tiny", "vocab_size=200", "sequence_length=24", "max_positions=24"
 
 def built(make: MakeWorkload, *more: str) -> tuple[Any, Any, dict[str, Tensor]]:
     workload = make("bert", *SMALL, "init_checkpoint=null", "synthetic_fill=0.6", *more, source="synthetic")
-    return workload, workload.build_model(), workload.synthetic_batch().data
+    (batch,) = workload.example_batches()
+    return workload, workload.build_model(), batch.data
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -135,8 +136,8 @@ def test_large_has_the_references_size() -> None:
 def test_synthetic_rows_are_filled_as_asked(make: MakeWorkload) -> None:
     for fill in (0.3, 0.5, 1.0):
         workload = make("bert", f"synthetic_fill={fill}", "global_batch_size=512", source="synthetic")
-        data = workload.synthetic_batch().data
-        mask = data["attention_mask"]
+        (batch,) = workload.example_batches()
+        data, mask = batch.data, batch.data["attention_mask"]
         assert mask.float().mean() == pytest.approx(fill, abs=0.05)
         assert torch.equal(mask, mask.cummin(1).values)  # padding comes last
         used = data["masked_labels"] != IGNORED

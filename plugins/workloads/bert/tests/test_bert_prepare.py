@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from core.api.errors import DataError
+from core.testing.contexts import settings_that_are_prepared_with
 from timetrial_bert import prepare
+from timetrial_bert.plugin import SPEC
 from timetrial_bert.workload import BertWorkload
 
 PrepareShards = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,6 +46,23 @@ def test_a_second_preparation_and_one_that_was_killed_give_the_same_bytes(
     again = prepare_shards(source, out)
     assert again.returncode == 0, again.stderr
     assert contents(out) == expected
+
+
+def test_the_spec_names_the_settings_that_shards_are_made_with(source: Path, tmp_path: Path) -> None:
+    settings = ("vocab_file=null", "vocab_size=150", "shard_mib=0.001", "held_out=0.2")
+    assert settings_that_are_prepared_with(source, tmp_path / "out", "bert", *settings) == SPEC.preparation
+
+
+def test_finished_shards_serve_another_training_and_no_other_preparation(
+    prepare_shards: PrepareShards, source: Path, prepared: Path
+) -> None:
+    before = contents(prepared)
+    training = ("workload.global_batch_size=8", "workload.dropout=0.3", "workload.eval.batch_size=5")
+    assert prepare_shards(source, prepared, *training).returncode == 0
+    refused = prepare_shards(source, prepared, *training, "workload.sequence_length=32")
+    assert refused.returncode == 2
+    assert "begun with another workload.sequence_length (64, now 32)" in refused.stderr
+    assert contents(prepared) == before
 
 
 def test_broken_and_empty_files_are_named_and_may_be_passed_over(
@@ -83,7 +102,7 @@ def test_no_document_is_both_trained_on_and_held_out(source: Path, tmp_path: Pat
     assert list(prepare._documents(whole, "train", settings)) == train
 
 
-SHARDS = ("data_set=shards", "init_checkpoint=null", "global_batch_size=16", "vocab_file=null", "vocab_size=150")
+SHARDS = ("init_checkpoint=null", "global_batch_size=16", "vocab_file=null", "vocab_size=150")
 
 
 def test_shards_feed_a_run_and_settings_must_agree(make: MakeWorkload, prepared: Path) -> None:
@@ -99,8 +118,6 @@ def test_shards_feed_a_run_and_settings_must_agree(make: MakeWorkload, prepared:
         make("bert", *SHARDS, "vocab_size=100", root=str(prepared)).check_data()
     with pytest.raises(DataError, match=r"core\.prepare"):
         make("bert", *SHARDS, root=str(prepared.parent)).check_data()
-    with pytest.raises(DataError, match=r"data.root must name prepared data"):
-        make("bert", *SHARDS).check_data()
 
 
 def test_a_damaged_shard_is_named(make: MakeWorkload, source: Path, prepared: Path, tmp_path: Path) -> None:
@@ -161,7 +178,7 @@ def test_real_text_is_prepared_trained_on_and_evaluated(
 ) -> None:
     done = prepare_shards(real_text, tmp_path / "out", "workload.vocab_file=starter", "workload.shard_mib=1")
     assert done.returncode == 0, done.stderr
-    workload = make("bert", "data_set=shards", "init_checkpoint=starter", root=str(tmp_path / "out"))
+    workload = make("bert", "init_checkpoint=starter", root=str(tmp_path / "out"))
     workload.check_data()
     assert workload.train_samples > 5000
     model = workload.build_model()

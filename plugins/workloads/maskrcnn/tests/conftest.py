@@ -26,7 +26,7 @@ SMALL = (
     "workload.fpn_channels=16", "workload.box_head_width=16", "workload.mask_head_layers=[16]",
     "workload.anchor_sizes=[16,32,64,96,128]", "workload.min_size=64", "workload.max_size=128",
     "workload.global_batch_size=4", "workload.region_budget=16", "workload.proposals_before_nms=50",
-    "workload.proposals_train=50", "workload.proposals_eval=30", "workload.warmup_steps=5",
+    "workload.proposals_train=50", "workload.proposals_eval=30", "workload.lr_warmup_steps=5",
     "workload.least_score=0.001",
 )  # fmt: skip
 """The closed workload, small enough for seconds."""

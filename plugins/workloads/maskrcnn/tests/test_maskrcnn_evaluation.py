@@ -23,8 +23,8 @@ from timetrial_maskrcnn.scenes import SIDE, Scenes
 pytestmark = pytest.mark.numbers
 
 SHORT = (
-    "workload=maskrcnn", "workload.train_scenes=8", "workload.eval_scenes=21", "workload.eval_batch_size=8",
-    "workload.eval_first_epoch=1", "stop.epochs=1", "workload.least_score=0.0001", "checkpoint.every_steps=1",
+    "workload=maskrcnn", "workload.train_scenes=8", "workload.eval_scenes=21", "workload.eval.batch_size=8",
+    "workload.eval.first=1", "stop.epochs=1", "workload.least_score=0.0001", "checkpoint.every_steps=1",
     "checkpoint.at_end=false", "backend=gloo",
 )  # fmt: skip
 """One step, and an evaluation in three batches."""

@@ -7,17 +7,13 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlperf_logging
 import pytest
-from omegaconf import OmegaConf
 
-import timetrial_maskrcnn
-from core.api.config import validate
 from core.testing.cli import run_cli, run_ranks
-from timetrial_maskrcnn.plugin import MaskRCNNConfig
+from core.testing.contexts import lone_workload
 from timetrial_maskrcnn.weights import CLOSED_NAMES
 from timetrial_maskrcnn.workload import MaskRCNNWorkload
 
@@ -26,16 +22,13 @@ RULES = PACKAGE / "compliance_checker" / "training_1.1.0"
 POINTS = json.loads((PACKAGE / "rcp_checker" / "training_1.1.0" / "rcps_maskrcnn.json").read_text())
 
 
-def closed(**changes: Any) -> MaskRCNNWorkload:
-    path = Path(timetrial_maskrcnn.__file__).parent / "conf" / "workload" / "maskrcnn_mlperf.yaml"
-    config = validate(MaskRCNNConfig, OmegaConf.merge(OmegaConf.load(path), changes), "workload")
-    data = SimpleNamespace(root=None, workers=0, source="synthetic")
-    return MaskRCNNWorkload(None, config, SimpleNamespace(config=SimpleNamespace(data=data)))  # pyright: ignore
+def closed(*overrides: str) -> MaskRCNNWorkload:
+    return lone_workload(Path(), "maskrcnn_mlperf", *overrides, source="synthetic")
 
 
 @pytest.mark.parametrize("batch", [48, 64, 96, 128])
 def test_learning_rate_and_decay_follow_from_the_batch_as_at_the_reference_points(batch: int) -> None:
-    point, workload = POINTS[f"maskrcnn_ref_{batch}"]["Hyperparams"], closed(global_batch_size=batch)
+    point, workload = POINTS[f"maskrcnn_ref_{batch}"]["Hyperparams"], closed(f"global_batch_size={batch}")
     assert workload.base_learning_rate == pytest.approx(point["opt_base_learning_rate"])
     assert workload.decay_steps == point["opt_learning_decay_steps"]
     assert workload.learning_rate(workload.decay_steps[1]) == pytest.approx(0.01 * workload.base_learning_rate)
@@ -44,8 +37,8 @@ def test_learning_rate_and_decay_follow_from_the_batch_as_at_the_reference_point
 def test_the_closed_configuration_is_a_reference_convergence_point() -> None:
     workload, point = closed(), POINTS["maskrcnn_ref_96"]
     assert workload.global_batch_size == point["BS"]
-    assert workload.config.warmup_steps == point["Hyperparams"]["opt_learning_rate_warmup_steps"]
-    assert workload.config.warmup_factor == point["Hyperparams"]["opt_learning_rate_warmup_factor"]
+    assert workload.config.lr_warmup_steps == point["Hyperparams"]["opt_learning_rate_warmup_steps"]
+    assert workload.config.lr_warmup_factor == point["Hyperparams"]["opt_learning_rate_warmup_factor"]
     assert [target.value for target in workload.targets] == [0.377, 0.339]
 
 

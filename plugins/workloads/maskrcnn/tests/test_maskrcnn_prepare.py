@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from core.testing.cli import run_ranks
+from core.testing.contexts import settings_that_are_prepared_with
+from timetrial_maskrcnn.plugin import SPEC
 
 Source = Any  # conftest.Source
 Prepare = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,6 +32,19 @@ def test_a_sound_folder_is_kept_whole_and_the_second_time_only_verified(
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     assert prepare(source.folder).returncode == 0
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_the_spec_names_the_settings_that_a_folder_is_prepared_with(source: Source, tmp_path: Path) -> None:
+    assert settings_that_are_prepared_with(source.write(), tmp_path / "out", "maskrcnn_mlperf") == SPEC.preparation
+
+
+def test_a_finished_folder_serves_another_training_and_no_other_preparation(source: Source, prepare: Prepare) -> None:
+    assert prepare(source.write()).returncode == 0
+    training = ("workload.global_batch_size=8", "workload.flip=false", "workload.eval.batch_size=5")
+    assert prepare(source.folder, *training).returncode == 0
+    refused = prepare(source.folder, *training, "workload.eval_split=train2017")
+    assert refused.returncode == 2
+    assert "begun with another workload.eval_split (val2017, now train2017)" in refused.stderr
 
 
 LEFT_OUT: dict[str, tuple[Callable[[Source], Any], str]] = {
@@ -164,7 +179,7 @@ def test_an_image_that_changed_since_is_named(
 def test_without_prepared_data_or_weights_the_remedy_is_said(
     source: Source, prepare: Prepare, small: tuple[str, ...], tmp_path: Path
 ) -> None:
-    assert "core.prepare" in run_ranks(*small, run_dir=tmp_path / "none").expect(1).stderr
+    assert "core.prepare" in run_ranks(*small, run_dir=tmp_path / "none").expect(2).stderr
     assert prepare(source.write()).returncode == 0
     whole = ("workload=maskrcnn_mlperf", f"data.root={tmp_path / 'out'}", "workload.global_batch_size=4")
     assert "workload.pretrained" in run_ranks(*whole, run_dir=tmp_path / "run").expect(1).stderr

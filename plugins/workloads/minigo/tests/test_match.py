@@ -1,4 +1,4 @@
-"""The command lines that play a trained network, each as a process of its own: over GTP, and in matches, legal by the
+"""The command lines that play a trained network, each in its own process: over GTP, and in matches, legal by the
 rules of both sides to the end."""
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_a_match_against_any_gtp_program_is_the_same_twice(run_dir: Path, tmp_pa
         ("gtp", [], "usage: python -m timetrial_minigo.gtp RUN_FOLDER"),
         ("gtp", ["RUN", "simulation=1"], "did you mean 'simulations'?"),
         ("gtp", ["RUN", "simulations=-1"], "out of range"),
-        ("gtp", ["nowhere"], "nowhere is no run folder"),
+        ("gtp", ["nowhere"], "nowhere is not a run folder"),
         ("match", ["RUN", "opponent=no-such-program"], "cannot start 'no-such-program'"),
         ("match", ["RUN", "opponent=' '"], "opponent= is empty"),
         ("match", ["RUN", "games=0"], "out of range"),

@@ -12,7 +12,7 @@ from core.testing.suites import WORKLOAD_CARD, PluginSuite, WorkloadSuite
 STEPS_IN_A_GENERATION = 3
 SMALL = (
     "games=10", "parallel_games=4", "simulations=4", "move_limit=20", "width=8", "blocks=1", "value_hidden=8",
-    "window=2", "epoch_examples=48", "global_batch_size=16", "eval_first=9", "max_epochs=9",
+    "window=2", "epoch_examples=48", "global_batch_size=16", "eval.first=9", "max_epochs=9",
 )  # fmt: skip
 
 

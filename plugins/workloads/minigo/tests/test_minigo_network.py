@@ -78,7 +78,7 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
     for place, words in (
         ("nowhere", "no trained network at"),
         ("", "no trained network at"),
-        ("text", "is no safetensors file"),
+        ("text", "is not a safetensors file"),
         ("other.safetensors", "holds no network of timetrial-minigo"),
     ):
         with pytest.raises(UsageError, match=words):

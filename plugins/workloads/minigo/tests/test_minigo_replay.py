@@ -8,7 +8,8 @@ from torch import Tensor
 
 from timetrial_minigo.features import symmetries
 from timetrial_minigo.go import BLACK, WHITE
-from timetrial_minigo.replay import Examples, Window, exchange, nothing
+from timetrial_minigo.replay import Window, exchange, join, nothing
+from timetrial_minigo.seams import Examples
 
 SIZE, HISTORY = 3, 3
 POINTS = SIZE * SIZE
@@ -101,5 +102,5 @@ def test_a_rank_that_holds_nothing_in_its_checkpoint_still_says_what_the_window_
 def test_one_rank_alone_has_nothing_to_exchange() -> None:
     mine = generation(1)
     assert exchange(mine) is mine
-    joined = Examples.join([nothing(POINTS), mine])
+    joined = join([nothing(POINTS), mine])
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(joined, mine, strict=True))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from core.api.types import RunContext
 from timetrial_minigo.go import BLACK, WHITE, Go, Rules
-from timetrial_minigo.replay import Examples
+from timetrial_minigo.replay import join
+from timetrial_minigo.seams import Examples
 from timetrial_minigo.search import Evaluate, SearchSettings
 from timetrial_minigo.selfplay import SelfPlay, SelfPlaySettings
 
@@ -83,7 +84,7 @@ def test_a_game_is_the_same_whichever_rank_plays_it_and_however_many_are_played_
     parts = [
         play(replace(PLAIN, opening=2, train_filter=0.5), range(a, b)) for a, b in ((0, 20), (20, 71), (71, GAMES))
     ]
-    assert_equal(whole, Examples.join(parts))
+    assert_equal(whole, join(parts))
     assert_equal(whole, play(replace(PLAIN, opening=2, train_filter=0.5, parallel_games=13)))
 
 

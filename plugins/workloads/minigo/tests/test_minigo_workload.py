@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.api.errors import UsageError
 from core.testing.cli import Outcome, run_cli
+from core.testing.fixtures import FakePlugin
 from timetrial_minigo import network
 from timetrial_minigo.workload import METRIC, MiniGoWorkload
 
@@ -41,7 +42,7 @@ def checker(log: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("epoch_examples=100",), "epoch_examples=100 is no multiple of the batch: try 128"),
+        (("epoch_examples=100",), "epoch_examples=100 is not a multiple of workload.global_batch_size: try 128"),
         (("learning_rates=[0.1,0.01]",), "one positive rate more than there are steps"),
         (("learning_rates=[0.1,0.01,0.001]", "learning_rate_steps=[20,10]"), "the steps in order"),
         (("size=2", "selfplay_opening=3"), "more than 2 random stones do not fit on 2x2"),
@@ -87,21 +88,34 @@ def test_two_ranks_share_a_batch(make: MakeWorkload) -> None:
         assert torch.equal(torch.cat([first, second]), batch.data["planes"])
 
 
-def test_several_ranks_do_not_play_with_a_sharded_model(make: MakeWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = make("minigo", *TINY, rank=1, world=2)
-    (first, *_) = workload.ctx.model.parameters()
-    monkeypatch.setattr(first, "full_tensor", lambda: first, raising=False)
-    with pytest.raises(UsageError, match="'fsdp' does not apply"):
-        workload.build_optimizer(workload.ctx.model)
+@pytest.mark.parametrize("splits_data", [True, False])
+def test_ranks_that_share_a_model_are_refused_before_anything_starts(
+    fake_plugin: FakePlugin, tmp_path: Path, splits_data: bool
+) -> None:
+    source = f"""
+    class P(Plugin):
+        spec = OptSpec(interface=2, summary="shares a model", numerics="tolerance")
+        Config = Config
+
+        @hookimpl
+        def dimensions(self):
+            return [Dimension(name="shard", size=2, splits_data={splits_data}, nearness=20)]
+    """
+    site = fake_plugin("opt", "sharer", source)
+    refused = run_cli(
+        "workload=minigo", "+opt=sharer", "launch.nproc=2", run_dir=tmp_path / "run", PYTHONPATH=str(site)
+    ).expect(2)  # fmt: skip
+    assert refused.failure == "not_offered" and "mesh dimension shard" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
-def test_every_batch_has_the_same_shapes_as_the_synthetic_one(make: MakeWorkload) -> None:
+def test_every_batch_has_the_shapes_of_the_only_example(make: MakeWorkload) -> None:
     workload = make("minigo", *TINY)
     shapes = [
         {name: (tuple(t.shape), t.dtype) for name, t in batch.data.items()}
-        for batch in [workload.synthetic_batch(), *workload.batches(1, 0)]
+        for batch in [*workload.example_batches(), *workload.batches(1, 0)]
     ]
-    assert shapes == [shapes[0]] * 3 and workload.spec.static_shapes
+    assert shapes == [shapes[0]] * 3
 
 
 @pytest.mark.numbers
@@ -145,17 +159,17 @@ def test_the_win_rate_counts_our_wins_and_the_games_are_kept(make: MakeWorkload,
 
 def test_a_checkpoint_to_play_against_is_asked_for_in_one_line(tmp_path: Path) -> None:
     refused = run_cli("workload=minigo_mlperf", run_dir=tmp_path / "run")
-    assert refused.code != 0 and "target_checkpoint is not set" in refused.stderr
+    assert refused.failure == "usage" and "target_checkpoint is not set" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     other = run_cli("workload=minigo_mlperf", f"workload.target_checkpoint={tmp_path}", run_dir=tmp_path / "other")
-    assert other.code != 0 and "no trained network at" in other.stderr
+    assert other.failure == "usage" and "no trained network at" in other.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- the closed run
 
 CLOSED = (
     *TINY, "size=5", "komi=0.5", "soft_moves=4", "virtual_losses=2", "eval_simulations=4", "max_epochs=2",
-    "noise_alpha=0.75", "target=0.95",
+    "noise_alpha=0.75", "targets.win_rate=0.95",
 )  # fmt: skip
 
 
@@ -228,7 +242,7 @@ def test_the_closed_option_has_the_values_of_the_rules(make: MakeWorkload) -> No
 @pytest.mark.timeout(800)
 def test_the_target_is_reached_and_the_log_passes_the_official_checker(tmp_path: Path) -> None:
     done = run_cli("workload=minigo", run_dir=tmp_path / "run").expect(0)
-    assert done.result["quality"][METRIC] >= done.result["target"][METRIC]
+    assert done.result["quality"][METRIC] >= done.result["targets"][METRIC]["value"]
     checked = checker(done.run_dir / "result_0.txt")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

@@ -30,7 +30,7 @@ def test_yaml_has_exactly_the_fields_of_the_schema(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["target=1.5", "momentum=-0.1", "base_learning_rate=0", "arch=resnet9", "stem=tiny"]
+    "override", ["targets.top1=1.5", "momentum=-0.1", "base_learning_rate=0", "arch=resnet9", "stem=tiny"]
 )
 def test_values_out_of_range_are_refused(override: str) -> None:
     node = OmegaConf.merge(OmegaConf.load(CONF / "resnet.yaml"), OmegaConf.from_dotlist([override]))

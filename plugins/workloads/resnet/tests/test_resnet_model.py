@@ -78,8 +78,8 @@ def test_loss_passes_over_unreadable_images(make: MakeWorkload) -> None:
     assert workload.loss(nn.Identity(), (logits, torch.full((4,), -100)))["loss"] == 0
 
 
-def test_synthetic_batch_touches_no_file(make: MakeWorkload) -> None:
+def test_the_example_batch_touches_no_file(make: MakeWorkload) -> None:
     workload = make("resnet_mlperf", "global_batch_size=4", "image_size=32", source="synthetic", world=2)
-    batch = workload.synthetic_batch()
+    (batch,) = workload.example_batches()
     assert batch.data[0].shape == (2, 3, 32, 32) and batch.data[1].max() < 1000
     assert (batch.samples, batch.weight) == (4, 1.0)

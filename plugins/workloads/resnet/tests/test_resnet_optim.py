@@ -1,4 +1,4 @@
-"""LARS and the schedules against their formulas, written out."""
+"""The groups of the optimizer, and the schedules against their formulas."""
 
 from __future__ import annotations
 
@@ -7,45 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 
-from timetrial_resnet.optim import LARS, Schedule
+from core.api.reference import LARS
+from timetrial_resnet.schedule import Schedule
 from timetrial_resnet.workload import ResNetWorkload
 
 pytestmark = pytest.mark.numbers
 
 MakeWorkload = Callable[..., ResNetWorkload]
-
-
-@pytest.mark.parametrize("tensor_rate", [False, True])
-def test_lars_is_the_written_out_formula(tensor_rate: bool) -> None:
-    momentum, decay, eeta = 0.9, 0.01, 0.02
-    torch.manual_seed(0)
-    weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
-    groups = [{"params": [weight]}, {"params": [bias], "adapt": False}]
-    rate = torch.tensor(0.5) if tensor_rate else 0.5
-    optimizer = LARS(groups, rate, momentum=momentum, weight_decay=decay, eeta=eeta)
-    w, b = weight.detach().double(), bias.detach().double()
-    velocity_w, velocity_b = torch.zeros_like(w), torch.zeros_like(b)
-    for lr in (0.5, 0.25, 0.125):
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(lr) if tensor_rate else lr
-        weight.grad, bias.grad = torch.randn(3, 4), torch.randn(3)
-        g = weight.grad.double()
-        trust = eeta * w.norm() / (g.norm() + decay * w.norm())
-        velocity_w = momentum * velocity_w + lr * trust * (g + decay * w)
-        velocity_b = momentum * velocity_b + lr * bias.grad.double()
-        w, b = w - velocity_w, b - velocity_b
-        optimizer.step()
-    torch.testing.assert_close(weight.detach().double(), w, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(bias.detach().double(), b, atol=1e-6, rtol=1e-5)
-
-
-def test_lars_trusts_fully_where_a_norm_is_zero() -> None:
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.ones(2, 2)
-    LARS([weight], 0.1).step()
-    assert torch.equal(weight.detach(), torch.full((2, 2), -0.1))
 
 
 def test_biases_and_batch_norm_do_not_decay(make: MakeWorkload) -> None:

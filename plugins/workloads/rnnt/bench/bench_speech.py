@@ -9,36 +9,22 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from omegaconf import OmegaConf
 
-import timetrial_rnnt
-from core.api.config import validate
-from core.api.types import RunContext
-from timetrial_rnnt.plugin import RnntConfig
+from core.api.statistics import race, spread
+from core.testing.contexts import lone_workload
 from timetrial_rnnt.workload import RnntWorkload
 
-YAML = Path(timetrial_rnnt.__file__).parent / "conf" / "workload" / "rnnt.yaml"
 
-
-def workload(**overrides: Any) -> RnntWorkload:
-    """`workload=rnnt` on this process's best device, without threads of its own."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = SimpleNamespace(source="real", root=None, max_bad=0, workers=0)
-    ctx = RunContext(config=SimpleNamespace(data=data), run_dir=Path(), seed=1)  # pyright: ignore[reportArgumentType]
-    ctx.backend = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        rank=0, world_size=1, device=device, all_gather=lambda values: [values]
-    )
-    ctx.component, ctx.feed = lambda _, default: default, iter
-    config = validate(RnntConfig, OmegaConf.merge(OmegaConf.load(YAML), overrides), "workload")
-    built = RnntWorkload(timetrial_rnnt.plugin.SPEC, config, ctx)
+def workload(*overrides: str) -> RnntWorkload:
+    """`workload=rnnt` on this process's best device, without other threads."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    built = lone_workload(Path(), "rnnt", *overrides, device=device)
     built.check_data()
     return built
 
@@ -54,20 +40,21 @@ def trained(of: RnntWorkload, run: Path) -> torch.nn.Module:
 
 def compare(title: str, unit: str, rounds: int, variants: dict[str, Callable[[], int]]) -> None:
     """Each variant does its work and returns how many utterances that was."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn, (name, work) in itertools.product(range(rounds + 1), variants.items()):
+
+    def utterance_ms(work: Callable[[], int]) -> float:
         start = time.perf_counter()
         utterances = work()
-        if turn:  # the first one warms up
-            times[name].append(1000 * (time.perf_counter() - start) / utterances)
+        return 1000 * (time.perf_counter() - start) / utterances
+
+    times = race({name: partial(utterance_ms, work) for name, work in variants.items()}, rounds, warmup=1)
     print(f"{title}, {unit}, n = {rounds}:")
     for name, found in times.items():
-        print(f"  {name:24} {median(found):8.2f} ({min(found):.2f} to {max(found):.2f})")
+        print(f"  {name:24} {spread(found):.2f}")
 
 
 def main() -> None:
     run, rounds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    ways = {way: workload(features_by=way) for way in ("threads", "device")}
+    ways = {way: workload(f"features_by={way}") for way in ("threads", "device")}
 
     def read(of: RnntWorkload) -> int:
         return sum(batch.samples for batch in itertools.islice(of.batches(1, 0), 6))

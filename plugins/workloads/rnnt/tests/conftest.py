@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
-from omegaconf import OmegaConf
 
-import timetrial_rnnt
-from core.api.config import DataConfig, validate
-from core.api.types import RunContext
-from timetrial_rnnt.plugin import Rnnt, RnntConfig
+from core.testing.contexts import lone_workload
 from timetrial_rnnt.workload import RnntWorkload
 
-CONF = Path(timetrial_rnnt.__file__).parent / "conf" / "workload"
 REPO = Path(__file__).parents[4]
 RATE = 16000
 
 MakeWorkload = Callable[..., RnntWorkload]
 
 
-@dataclass
-class OneOf:
-    """A backend whose other ranks have said `others`."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    others: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
-    said: list[float] = field(default_factory=list[float])
-
-    def all_gather(self, values: list[float]) -> list[list[float]]:
-        self.said = values
-        return [
-            values if rank == self.rank else self.others.get(rank, [0.0] * len(values))
-            for rank in range(self.world_size)
-        ]
-
-
-def config_of(name: str, *overrides: str) -> RnntConfig:
-    node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(list(overrides)))
-    return validate(RnntConfig, node, "workload")
-
-
 @pytest.fixture
 def make(tmp_path: Path) -> MakeWorkload:
-    def make_workload(
-        name: str, *overrides: str, rank: int = 0, world: int = 1, device: str = "cpu", **data: Any
-    ) -> RnntWorkload:
-        values = {"source": "real", "root": None, "max_bad": 0, "workers": 0, **data}
-        config: Any = SimpleNamespace(data=validate(DataConfig, OmegaConf.create(values), "data"))
-        ctx = RunContext(config=config, run_dir=tmp_path, seed=1)
-        ctx.backend = OneOf(rank, world, torch.device(device))  # pyright: ignore[reportAttributeAccessIssue]
-        ctx.component = lambda name, default: default
-        ctx.feed = iter
-        return Rnnt(config_of(name, *overrides)).make_workload(ctx)
-
-    return make_workload
+    """`(option, *overrides, rank, world, device, seed, **data)` to the workload: see `lone_workload`."""
+    return functools.partial(lone_workload, tmp_path)
 
 
 @pytest.fixture

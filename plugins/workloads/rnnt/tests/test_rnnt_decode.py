@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from timetrial_rnnt.decode import greedy
-from timetrial_rnnt.model import Sizes, Transducer, initialise
+from timetrial_rnnt.layers import Sizes
+from timetrial_rnnt.model import Transducer, initialise
+
+pytestmark = pytest.mark.numbers
 
 pytestmark = pytest.mark.numbers
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.testing.cli import run_cli
-from timetrial_rnnt.model import Sizes, Transducer, initialise
+from timetrial_rnnt.layers import Sizes
+from timetrial_rnnt.model import Transducer, initialise
 from timetrial_rnnt.workload import RnntWorkload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
+from timetrial_rnnt.layers import Joint, Sizes
 from timetrial_rnnt.loss import transducer_loss
-from timetrial_rnnt.model import Joint, Sizes
+
+pytestmark = pytest.mark.numbers
 
 pytestmark = pytest.mark.numbers
 

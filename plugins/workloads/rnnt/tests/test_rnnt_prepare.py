@@ -18,13 +18,15 @@ import torch
 
 from core.api.errors import DataError
 from core.testing.cli import run_cli
+from core.testing.contexts import settings_that_are_prepared_with
+from timetrial_rnnt.plugin import SPEC
 from timetrial_rnnt.workload import RnntWorkload
 
 MakeWorkload = Callable[..., RnntWorkload]
 PrepareSpeech = Callable[..., "subprocess.CompletedProcess[str]"]
 OfficialChecker = Callable[[Path], None]
 
-PREPARED = ("vocab_size=16", "global_batch_size=8", "eval_batch_size=4")
+PREPARED = ("vocab_size=16", "global_batch_size=8", "eval.batch_size=4")
 
 
 def manifest(out: Path) -> dict[str, object]:
@@ -63,6 +65,22 @@ def test_the_same_bytes_come_out_again_in_parallel_and_after_a_kill(
     process.wait()
     assert prepare_speech(source, out).returncode == 0
     assert manifest(out)["files"] == manifest(prepared)["files"]
+
+
+def test_the_spec_names_the_settings_that_speech_is_prepared_with(source: Path, tmp_path: Path) -> None:
+    assert settings_that_are_prepared_with(source, tmp_path, "rnnt_mlperf", "vocab_size=16") == SPEC.preparation
+
+
+def test_finished_speech_serves_another_training_and_no_other_preparation(
+    prepare_speech: PrepareSpeech, source: Path, prepared: Path
+) -> None:
+    before = manifest(prepared)
+    training = ("workload.global_batch_size=8", "workload.ema=0", "workload.eval.batch_size=5")
+    assert prepare_speech(source, prepared, *training).returncode == 0
+    refused = prepare_speech(source, prepared, *training, "workload.max_duration=0.8")
+    assert refused.returncode == 2
+    assert "begun with another workload.max_duration (16.7, now 0.8)" in refused.stderr
+    assert manifest(prepared) == before
 
 
 def spoil(folder: Path) -> dict[str, str]:
@@ -155,8 +173,6 @@ def test_a_folder_of_another_layout_and_a_vocabulary_too_large_are_errors(
 def test_settings_of_a_run_must_agree_and_damage_is_named(make: MakeWorkload, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepared with workload.vocab_size=16, not 20"):
         make("rnnt_mlperf", "vocab_size=20", root=str(prepared)).check_data()
-    with pytest.raises(DataError, match=r"data.root must name prepared speech"):
-        make("rnnt_mlperf").check_data()
     with pytest.raises(DataError, match=r"core\.prepare workload=rnnt_mlperf"):
         make("rnnt_mlperf", root=str(tmp_path)).check_data()
     with pytest.raises(DataError, match=r"core\.prepare workload=rnnt source"):
@@ -197,7 +213,7 @@ def test_real_speech_is_learned_and_the_log_passes_the_official_checker(
     assert prepare_speech(real_speech, tmp_path / "out", *letters).returncode == 0
     small = ("encoder_hidden=192", "predictor_hidden=96", "joint_hidden=128", "pre_layers=1", "post_layers=1")
     plain = ("encoder_dropout=0", "predictor_dropout=0", "joint_dropout=0", "predictor_layers=1", "init_scale=1")
-    fast = ("global_batch_size=8", "base_learning_rate=0.01", "warmup_epochs=1", "beta_2=0.99", "ema=0.98")
+    fast = ("global_batch_size=8", "base_learning_rate=0.01", "lr_warmup_epochs=1", "beta_2=0.99", "ema=0.98")
     outcome = run_cli(
         "workload=rnnt_mlperf", f"data.root={tmp_path / 'out'}", "stop.epochs=6", *letters,
         *(f"workload.{setting}" for setting in (*small, *plain, *fast)), run_dir=tmp_path / "run",

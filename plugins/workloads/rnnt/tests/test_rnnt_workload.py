@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.api.errors import UsageError
-from core.api.types import Bucketed
+from core.api.types import Capture
 from core.testing.cli import run_cli, run_ranks
 from timetrial_rnnt.workload import METRIC, RnntWorkload
 
@@ -169,13 +169,13 @@ def test_two_real_ranks_find_the_word_error_rate_of_one_to_the_last_digit(tmp_pa
 def test_the_encoder_can_be_captured_and_there_are_few_shapes_of_its_input(make: MakeWorkload) -> None:
     workload = make("rnnt", "global_batch_size=128", "freq_masks=0", "time_masks=0")
     workload.check_data()
-    assert workload.spec.capture == "partial" and workload.spec.capture_parts == ("encoder",)
+    assert workload.capture == Capture(parts=("encoder",))
     model = workload.build_model()
     calls: list[tuple[Any, ...]] = []
     model.get_submodule("encoder").register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    batches = [*itertools.islice(workload.batches(1, 0), 3), workload.synthetic_batch()]
+    batches = [*itertools.islice(workload.batches(1, 0), 3), next(workload.example_batches())]
     for batch in batches:
         workload.loss(model, batch.data)
     assert len(calls) == len(batches)
@@ -185,15 +185,14 @@ def test_the_encoder_can_be_captured_and_there_are_few_shapes_of_its_input(make:
 
 
 @pytest.mark.parametrize(("name", "size"), [("rnnt", 128), ("rnnt_mlperf", 8)])
-def test_every_full_batch_has_a_shape_that_it_names_for_capture(
-    name: str, size: int, make: MakeWorkload, prepared: Path
-) -> None:
+def test_every_full_batch_has_the_shape_of_an_example(name: str, size: int, make: MakeWorkload, prepared: Path) -> None:
     settings = ("vocab_size=16",) if name == "rnnt_mlperf" else ()
     root = str(prepared) if name == "rnnt_mlperf" else None
     for rank in range(2):
         workload = make(name, f"global_batch_size={size}", *settings, rank=rank, world=2, root=root)
         workload.check_data()
-        named = [batch.data["features"].shape for batch in workload.capture_batches()]
+        _, *examples = workload.example_batches()
+        named = [batch.data["features"].shape for batch in examples]
         frames = [shape[1] for shape in named]
         assert frames == sorted(set(frames), reverse=True)
         met = [batch.data["features"].shape for batch in workload.batches(1, 0)]
@@ -201,8 +200,7 @@ def test_every_full_batch_has_a_shape_that_it_names_for_capture(
         assert max(met, key=lambda shape: shape[1])[1] > frames[-1]
 
 
-def test_on_synthetic_data_it_names_the_shape_of_that_for_capture(make: MakeWorkload) -> None:
+def test_on_synthetic_data_there_is_one_example(make: MakeWorkload) -> None:
     workload = make("rnnt_mlperf", "global_batch_size=4", source="synthetic")
-    (batch,) = workload.capture_batches()
-    assert isinstance(workload, Bucketed)
-    assert batch.data["features"].shape == workload.synthetic_batch().data["features"].shape == (4, 560, 240)
+    (batch,) = workload.example_batches()
+    assert batch.data["features"].shape == (4, 560, 240)

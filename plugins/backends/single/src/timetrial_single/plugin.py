@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import RunConfig, checked
-from core.api.errors import UsageError
+from core.api.errors import NotHereError
 from core.api.hooks import hookimpl
 from core.api.types import Backend, BackendSpec, Devices, Evidence, Plugin, RunContext
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 def probe() -> Devices:
@@ -76,7 +75,7 @@ class OneProcess:
 class Single(Plugin):
     """One process without torch.distributed."""
 
-    spec = BackendSpec(interface=1, summary="one process without a process group, CPU or one GPU", probe=probe)
+    spec = BackendSpec(interface=2, summary="one process without a process group, CPU or one GPU", probe=probe)
     Config = SingleConfig
     config: SingleConfig
 
@@ -92,7 +91,7 @@ class Single(Plugin):
 
         usable = torch.cuda.is_available()
         if self.config.device == "cuda" and not usable:
-            raise UsageError(
+            raise NotHereError(
                 f"backend.device=cuda, but torch {torch.__version__} can use no GPU here: use backend.device=cpu"
             )
         if self.config.device == "cpu" or not usable:
@@ -100,10 +99,6 @@ class Single(Plugin):
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
         return OneProcess(device)
-
-    @hookimpl
-    def distribute(self, model: nn.Module) -> nn.Module:
-        return model
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.api.config import checked
-from core.api.errors import UsageError
+from core.api.errors import NotOfferedError
 from core.api.hooks import hookimpl
 from core.api.types import Evidence, OptSpec, Plugin, RunContext
 
@@ -22,14 +22,14 @@ class ActivationCheckpointingConfig:
     """Settings of `opt.activation_checkpointing`."""
 
     every: int = checked(at_least=1)
-    """Checkpoint the first of every so many blocks; 1 is all of them."""
+    """Checkpoint the first of every N blocks; 1 is all of them."""
 
 
 class ActivationCheckpointing(Plugin):
     """Keeps the inputs of the workload's blocks and recomputes what lies inside them in the backward pass."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="activations inside the model's blocks are recomputed in the backward pass, not kept",
         numerics="bitwise",
         conflicts={
@@ -50,7 +50,10 @@ class ActivationCheckpointing(Plugin):
         model = yield
         blocks = ctx.workload.blocks(ctx.model)
         if not blocks:
-            raise UsageError("opt 'activation_checkpointing' has nothing to act on: this workload names no blocks")
+            raise NotOfferedError(
+                "opt 'activation_checkpointing' acts on the repeated blocks of a model, and this workload names none; "
+                "leave it out"
+            )
         self._blocks = [CheckpointedBlock(block, ctx.device) for block in blocks[:: self.config.every]]
         self._all = len(blocks)
         return model

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from core.api.tree import map_tensors
 from core.api.types import Outputs
 
 _MATRIX_KERNEL = re.compile(
@@ -72,7 +72,7 @@ def autocast(function: Callable[[Any, Any], Any], device_type: str, dtype: torch
     def run(model: Any, data: Any) -> Any:
         with torch.autocast(device_type, dtype=dtype):
             result = function(model, data)
-        return pytree.tree_map_only(Tensor, widen, result)
+        return map_tensors(widen, result)
 
     return run
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.seams import INFER, LOSS, Replacement
+from core.api.types import Evidence, OptSpec, Outputs, Plugin, RunContext
 
 if TYPE_CHECKING:
-    from timetrial_amp.autocast import AutocastLoss
+    from torch import nn
 
-COMPONENTS = frozenset({"loss", "infer"})
-"""The two forward passes that core offers: of training and of evaluation."""
+    from timetrial_amp.autocast import AutocastLoss
 
 
 @dataclass(kw_only=True)
@@ -29,30 +29,32 @@ class Amp(Plugin):
     """Runs the forward passes of training and of evaluation under bfloat16 autocast."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="bfloat16 autocast: matrix products and convolutions in 16 bits",
         numerics="changes",
-        components=COMPONENTS,
+        replaces=frozenset({LOSS, INFER}),
     )
     Config = AmpConfig
     config: AmpConfig
 
     _loss: AutocastLoss | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name not in COMPONENTS:
-            return inner
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
         import torch
 
         from timetrial_amp.autocast import AutocastLoss, autocast
 
         dtype = getattr(torch, self.config.dtype)
-        if name == "infer":
-            return autocast(inner, ctx.device.type, dtype)
-        self._loss = AutocastLoss(inner, ctx.device.type, dtype)
-        return self._loss
+
+        def infer_in_16_bits(infer: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+            return autocast(infer, ctx.device.type, dtype)
+
+        def loss_in_16_bits(loss: Callable[[nn.Module, Any], Outputs]) -> AutocastLoss:
+            self._loss = AutocastLoss(loss, ctx.device.type, dtype)
+            return self._loss
+
+        return [LOSS.by(loss_in_16_bits), INFER.by(infer_in_16_bits)]
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:

@@ -1,18 +1,17 @@
-"""The opt `async_eval`: evaluation in a process of its own, while training goes on."""
+"""The opt `async_eval`: evaluation in a separate process, while training goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
-from core.api.errors import PluginError
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.seams import EVALUATE, Replacement
+from core.api.types import Evaluate, Evidence, OptSpec, Plugin, RunContext
 
 if TYPE_CHECKING:
-    from timetrial_async_eval.pending import Evaluations
+    from timetrial_async_eval.evaluations import Evaluations
 
 
 @dataclass(kw_only=True)
@@ -29,24 +28,22 @@ class AsyncEval(Plugin):
     """Hands each evaluation's weights to a process beside rank 0 and lets the loop go on."""
 
     spec = OptSpec(
-        interface=1,
-        summary="evaluation in a process of its own while training goes on",
+        interface=2,
+        summary="evaluation in a separate process while training goes on",
         numerics="bitwise",
-        components=frozenset({"evaluate"}),
+        replaces=frozenset({EVALUATE}),
     )
     Config = AsyncEvalConfig
     config: AsyncEvalConfig
 
     _evaluations: Evaluations | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != "evaluate":
-            return inner
-        if ctx.synthetic:
-            raise PluginError("opt 'async_eval' does not apply to synthetic data, which is not evaluated; leave it out")
-        from timetrial_async_eval.pending import Evaluations
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        return [] if ctx.sidecar else [EVALUATE.by(lambda inner: self._beside(ctx))]
+
+    def _beside(self, ctx: RunContext) -> Evaluate:
+        from timetrial_async_eval.evaluations import Evaluations
 
         device = "cpu" if self.config.device == "cpu" else str(ctx.device)
         self._evaluations = Evaluations(ctx, device, self.config.threads)

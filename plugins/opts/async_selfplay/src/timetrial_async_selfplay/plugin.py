@@ -1,19 +1,20 @@
-"""The opt `async_selfplay`: self-play of the next generation in a process of its own, while training goes on."""
+"""The opt `async_selfplay`: self-play of the next generation in a separate process, while training goes on."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
-from core.api.errors import PluginError
 from core.api.hooks import hookimpl
+from core.api.seams import Replacement
 from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from timetrial_minigo.seams import GENERATION
 
 if TYPE_CHECKING:
     from timetrial_async_selfplay.ahead import Ahead
+    from timetrial_minigo.seams import Examples
 
 
 @dataclass(kw_only=True)
@@ -30,24 +31,21 @@ class AsyncSelfplay(Plugin):
     """Has each generation but the first played beside the training on the one before it."""
 
     spec = OptSpec(
-        interface=1,
-        summary="self-play of the next generation in a process of its own while training goes on",
+        interface=2,
+        summary="self-play of the next generation in a separate process while training goes on",
         numerics="changes",
-        conflicts={"fsdp": "ranks that share a sharded model must call it together, and their games end apart"},
-        components=frozenset({"minigo.generation"}),
+        replaces=frozenset({GENERATION}),
     )
     Config = AsyncSelfplayConfig
     config: AsyncSelfplayConfig
 
     _ahead: Ahead | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != "minigo.generation" or multiprocessing.current_process().daemon:
-            return inner  # a daemon is a helper of another opt, such as an evaluator: nobody plays there
-        if ctx.synthetic:
-            raise PluginError("opt 'async_selfplay' does not apply to synthetic data: nobody plays; leave it out")
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        return [] if ctx.sidecar else [GENERATION.by(lambda inner: self._beside(ctx))]
+
+    def _beside(self, ctx: RunContext) -> Callable[[int], Examples]:
         from timetrial_async_selfplay.ahead import Ahead
 
         device = "cpu" if self.config.device == "cpu" else str(ctx.device)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from core.api.tree import map_tensors, tensors
 from core.api.types import Batch
 
 _PROBE_SIZE = 32
@@ -37,9 +37,11 @@ def is_image(tensor: Tensor) -> bool:
 
 def convert_data(data: Any) -> Any:
     """The pytree `data` with its images channels-last; an image that is so already is not copied."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if is_image(t) else t, data
-    )
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if is_image(tensor) else tensor
+
+    return map_tensors(convert, data)
 
 
 class Batches:
@@ -53,7 +55,7 @@ class Batches:
         for batch in self.batches:
             data = convert_data(batch.data)
             if self.images is None:
-                self.images = sum(is_image(t) for t in pytree.tree_leaves(data) if isinstance(t, Tensor))
+                self.images = sum(map(is_image, tensors(data)))
             yield replace(batch, data=data)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.api.errors import PluginError
+from core.api.errors import NotOfferedError
 from core.api.hooks import hookimpl
-from core.api.types import Batch, Evidence, OptSpec, Plugin, RunContext
+from core.api.types import Batch, Evidence, OptSpec, Plugin, Purpose, RunContext
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,7 @@ class ChannelsLastConfig:
 class ChannelsLast(Plugin):
     """Keeps convolution weights and images with the channels innermost."""
 
-    spec = OptSpec(interface=1, summary="images and convolution weights in channels-last layout", numerics="tolerance")
+    spec = OptSpec(interface=2, summary="images and convolution weights in channels-last layout", numerics="tolerance")
     Config = ChannelsLastConfig
     config: ChannelsLastConfig
 
@@ -36,15 +36,17 @@ class ChannelsLast(Plugin):
 
         model = yield
         if share_of_weights(model)[1] == 0:
-            raise PluginError("opt 'channels_last' does not apply here: the model has no 4-D weights; leave it out")
+            raise NotOfferedError("opt 'channels_last' does not apply here: the model has no 4-D weights; leave it out")
         return convert_weights(model)
 
     @hookimpl(wrapper=True)
-    def wrap_batches(self) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+    def transform(self, purpose: Purpose) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
         from timetrial_channels_last.layout import Batches
 
-        self._batches = Batches((yield))
-        return self._batches
+        converted = Batches((yield))
+        if purpose != "evaluate":
+            self._batches = converted
+        return converted
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:

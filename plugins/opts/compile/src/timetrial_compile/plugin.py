@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.api.config import checked
+from core.api.errors import ConflictError
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin
+from core.api.types import Evidence, OptSpec, Plan, Plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CAPTURING = ("reduce-overhead", "max-autotune")
+"""Modes that capture CUDA graphs themselves; graphs cannot be nested."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +41,7 @@ class Compile(Plugin):
     """Compiles the model in place, so that its parameters keep their names."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="the model through torch.compile",
         requires=frozenset({"cxx"}),
         numerics="tolerance",
@@ -49,6 +52,15 @@ class Compile(Plugin):
     _before: Counts | None = None
     _prepared_at = 0.0
     _drops = False
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        mode = self.config.mode
+        if mode in CAPTURING and "cuda_graphs" in plan.opts:
+            raise ConflictError(
+                f"opt.compile.mode={mode} captures CUDA graphs, which cannot lie inside those of opt 'cuda_graphs': "
+                "use opt.compile.mode=default or max-autotune-no-cudagraphs, or leave out 'cuda_graphs'"
+            )
 
     @hookimpl(wrapper=True)
     def prepare_model(self) -> Generator[None, nn.Module, nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from core.api.errors import UsageError
+from core.api.errors import NotHereError, UsageError
 
 
 def leave_the_default_stream(device: torch.device) -> None:
@@ -15,10 +15,10 @@ def leave_the_default_stream(device: torch.device) -> None:
 
     A recording cannot take place on the default stream, and fails where an autograd node that accumulates a gradient
     belongs to another stream than the recorded one (PyTorch, "CUDA semantics", section on DistributedDataParallel).
-    UsageError where the device is none of CUDA's.
+    NotHereError where the device is not one of CUDA's.
     """
     if device.type != "cuda":
-        raise UsageError(f"opt 'cuda_graphs' needs a CUDA device, but this run is on the {device.type}: leave it out")
+        raise NotHereError(f"opt 'cuda_graphs' needs a CUDA device, but this run is on the {device.type}: leave it out")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from core.api.errors import UsageError
+from core.api.tree import map_tensors, tensors
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records the work of a function without doing it. Returns what does the work, each time anew, and the function's
@@ -77,18 +78,18 @@ def signature(tree: Any) -> tuple[list[Tensor], Hashable]:
     """The tensors of a pytree, and all that a recording takes as fixed: the tree's structure (for a `Batch` with its
     samples and weight), each tensor's shape, dtype and device, and every leaf that is no tensor."""
     leaves, structure = pytree.tree_flatten(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     fixed = (
         (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
     )
-    return tensors, (structure, *fixed)
+    return found, (structure, *fixed)
 
 
 class Graphed:
     """`step(tree)` through recordings, at most `max_graphs` of them; the least recently used one makes room.
 
-    The first `warmup` calls are eager, and so is the first call with each signature: whatever is set up lazily for it
-    is then set up outside a recording. Results are copies, since the next replay overwrites the originals.
+    The first `eager_calls` calls are eager, and so is the first call with each signature: whatever is set up lazily for
+    it is then set up outside a recording. Results are copies, since the next replay overwrites the originals.
 
     With `gather`, ranks whose shapes may differ agree before each step, since collectives must be recorded and replayed
     by all ranks together. `static_shapes` says that shapes differ between steps only, not between ranks: then they
@@ -100,14 +101,14 @@ class Graphed:
         step: Callable[[Any], Any],
         capture: Capture,
         *,
-        warmup: int,
+        eager_calls: int,
         max_graphs: int,
         gather: Gather | None = None,
         static_shapes: bool = True,
         mode: Callable[[], Hashable] = lambda: None,
     ) -> None:
         self.step, self.capture = step, capture
-        self.warmup, self.max_graphs = warmup, max_graphs
+        self.eager_calls, self.max_graphs = eager_calls, max_graphs
         self.gather, self.static_shapes = gather, static_shapes
         self.mode = mode
         """State outside the input that a recording takes as fixed, such as whether the model is in training mode."""
@@ -118,7 +119,7 @@ class Graphed:
 
     def __call__(self, tree: Any) -> Any:
         start = time.perf_counter()
-        tensors, key = signature(tree)
+        inputs, key = signature(tree)
         key = (key, self.mode())
         graph = self._graphs.get(key)
         reason = self._why_eager(key, graph)
@@ -128,10 +129,10 @@ class Graphed:
             graph = self._record(tree, key)
             start = time.perf_counter()
         self._graphs.move_to_end(key)
-        if tensors:
-            torch._foreach_copy_(graph.inputs, tensors)
+        if inputs:
+            torch._foreach_copy_(graph.inputs, inputs)
         graph.replay()
-        outputs = pytree.tree_map_only(Tensor, Tensor.clone, graph.outputs)
+        outputs = map_tensors(Tensor.clone, graph.outputs)
         self.seen.replays += 1
         self.seen.replay_s.append(time.perf_counter() - start)
         return outputs
@@ -143,7 +144,7 @@ class Graphed:
 
     def _why_eager(self, key: Hashable, graph: _Graph | None) -> str:
         """The reason against a replay of this call, or ""."""
-        if self.seen.eager["warm-up"] < self.warmup:
+        if self.seen.eager["warm-up"] < self.eager_calls:
             return "warm-up"
         reason = "first of its shape" if graph is None and key not in self._met else ""
         if self.gather is not None and self._ranks_may_differ(self.gather):
@@ -169,8 +170,7 @@ class Graphed:
         return outputs
 
     def _record(self, tree: Any, key: Hashable) -> _Graph:
-        static = pytree.tree_map_only(Tensor, Tensor.clone, tree)
-        inputs = [leaf for leaf in pytree.tree_leaves(static) if isinstance(leaf, Tensor)]
+        static = map_tensors(Tensor.clone, tree)
         replay, outputs = self.capture(lambda: self.step(static))
         known = (Tensor, int, float, str, type(None))
         opaque = [leaf for leaf in pytree.tree_leaves(outputs) if not isinstance(leaf, known)]
@@ -179,8 +179,8 @@ class Graphed:
                 f"opt 'cuda_graphs' cannot copy a {type(opaque[0]).__name__} out of a graph: let the step return "
                 "tensors in dictionaries, lists and tuples, or leave it out"
             )
-        detached = pytree.tree_map_only(Tensor, Tensor.detach, outputs)  # lets go of the autograd graph
-        graph = self._graphs[key] = _Graph(self.seen.captured, inputs, replay, detached)
+        detached = map_tensors(Tensor.detach, outputs)  # lets go of the autograd graph
+        graph = self._graphs[key] = _Graph(self.seen.captured, tensors(static), replay, detached)
         self.seen.captured += 1
         # Only now: recording has waited for the device, so that the graph to go is not in use.
         if len(self._graphs) > self.max_graphs:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.api.errors import OutOfMemoryError, UsageError
-from core.state.checkpoint import generator_states, set_generator_states
+from core.api.generators import generator_states, set_generator_states
 
 Signature = tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
 """Of a part's arguments: all that its graph takes as fixed."""
@@ -56,11 +56,13 @@ def graph_parts(
     model: nn.Module,
     names: tuple[str, ...],
     passes: Iterable[Callable[[], Any]],
+    most: int,
     device: torch.device,
     make_graphed: MakeGraphed,
 ) -> dict[str, Part]:
     """Replaces the forward passes of the submodules `names` by graphs, for arguments shaped as in any of `passes`, each
     of which makes one forward pass in training mode. Other shapes, and evaluation, take the forward pass as written.
+    Passes are asked for until `most` shapes are recorded; those that the first part cannot tell apart count once.
 
     All graphs may share one pool of memory, as long as `make_graphed` records on one stream: those of one pass are
     recorded in the order in which they run, and a step replays those of one pass only. Until its update it needs
@@ -89,6 +91,8 @@ def graph_parts(
             problem = f"out of memory: cuda_graphs has captured {done} shapes of batches and can hold no more"
             fewer = max(1, done // 2)  # what is left over is for the rest of a step
             raise OutOfMemoryError(f"{problem}; set opt.cuda_graphs.max_shapes={fewer}") from error
+        if len(parts[order[0]].graphs) == most:
+            break
     step = _Step()
     for name in order:
         modules[name].forward = _dispatch(modules[name], parts[name], step, leads=name == order[0])

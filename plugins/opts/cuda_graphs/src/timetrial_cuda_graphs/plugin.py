@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from core.api.config import RunConfig, checked
-from core.api.errors import UsageError
+from core.api.config import checked
+from core.api.errors import ConflictError, NotOfferedError, UsageError
 from core.api.hooks import hookimpl
-from core.api.types import Backend, Bucketed, Evidence, OptSpec, Plugin, RunContext, Workload
+from core.api.seams import LOSS
+from core.api.types import Backend, Evidence, OptSpec, Plugin, RunContext, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,6 @@ NEVER = 2**31 - 1
 INFERENCE_WARMUP = 3
 """Eager inference steps before a capture, as many as `torch.cuda.make_graphed_callables` makes."""
 
-COMPILE_MODES = ("reduce-overhead", "max-autotune")
-"""Modes of torch.compile that capture graphs themselves, which cannot be nested."""
-
 NOT_WITH_PARTS = {
     "compile": "torch.compile cannot look into those",
     # Besides, make_graphed_callables hands out gradients that its next backward pass overwrites (pytorch #181723).
@@ -45,7 +43,9 @@ NOT_WITH_PARTS = {
 class CudaGraphsConfig:
     """Settings of `opt.cuda_graphs`."""
 
-    warmup: int = checked(at_least=1)
+    RENAMED: ClassVar[Mapping[str, str]] = {"warmup": "eager_steps"}
+
+    eager_steps: int = checked(at_least=1)
     """Eager steps before the first capture; they are real, counted steps."""
     max_graphs: int = checked(at_least=1)
     """Graphs kept for training, and as many for inference."""
@@ -56,17 +56,17 @@ class CudaGraphsConfig:
 
 
 class CudaGraphs(Plugin):
-    """Captures the training iteration, from the loss to the update, and the inference step; or, where the workload's
-    spec says "partial", the parts of the model that it names."""
+    """Captures the training iteration, from the loss to the update, and the inference step; or the parts of the model
+    that the workload names, where the whole step cannot be captured."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="the whole training iteration as one CUDA graph",
         requires=frozenset({"cuda"}),
         numerics="tolerance",
         wraps=frozenset({
-            "amp", "channels_last", "compile", "fused_loss", "fused_optimizer",
-            "grad_accumulation", "gradient_compression", "sequence_packing", "sharp", "stream_overlap", "unpad",
+            "amp", "channels_last", "compile", "fused_loss", "fused_optimizer", "grad_accumulation",
+            "gradient_compression", "sequence_packing", "sharp", "static_detection", "stream_overlap", "unpad",
             "zero_copy_concat",
         }),
     )  # fmt: skip
@@ -83,18 +83,6 @@ class CudaGraphs(Plugin):
 
     # ------------------------------------------------------------------------------------ what can be captured at all
 
-    @hookimpl
-    def environment(self, config: RunConfig) -> dict[str, str]:
-        """Nothing to set. torch's note asks for TORCH_NCCL_ASYNC_ERROR_HANDLING=0; but NCCL's work is not shown to the
-        watchdog while it is captured (pytorch #102542, #104487), and with 0 a dead peer would go unnoticed."""
-        mode = config.opt.get("compile", {}).get("mode")
-        if mode in COMPILE_MODES:
-            raise UsageError(
-                f"opt.compile.mode={mode} captures graphs of its own, inside those of 'cuda_graphs': "
-                "use opt.compile.mode=default or max-autotune-no-cudagraphs"
-            )
-        return {}
-
     @hookimpl(wrapper=True)
     def init_backend(self) -> Generator[None, Backend, Backend]:
         from timetrial_cuda_graphs.cuda import leave_the_default_stream
@@ -106,8 +94,8 @@ class CudaGraphs(Plugin):
     @hookimpl(wrapper=True)
     def make_workload(self) -> Generator[None, Workload, Workload]:
         workload = yield
-        if workload.spec.capture == "none":
-            raise UsageError(
+        if not (workload.capture.step or workload.capture.parts):
+            raise NotOfferedError(
                 f"opt 'cuda_graphs': no part of a step of {workload.spec.benchmark} can be captured; leave it out"
             )
         return workload
@@ -116,10 +104,11 @@ class CudaGraphs(Plugin):
 
     @hookimpl(wrapper=True)
     def distribute(self, ctx: RunContext, model: nn.Module) -> Generator[None, nn.Module, nn.Module]:
-        if ctx.workload.spec.capture == "partial":
+        capture = ctx.workload.capture
+        if not capture.step:
             for name, reason in NOT_WITH_PARTS.items():
                 if name in ctx.config.opt:
-                    raise UsageError(
+                    raise ConflictError(
                         f"opts '{name}' and 'cuda_graphs' conflict for a workload of which only parts can be captured: "
                         f"{reason}; leave one out"
                     )
@@ -127,9 +116,10 @@ class CudaGraphs(Plugin):
 
             from timetrial_cuda_graphs.parts import graph_parts
 
-            passes = _forward_passes(ctx, model, self.config.max_shapes)
             make_graphed = partial(make_graphed_callables, pool=graph_pool_handle())
-            self._parts = graph_parts(model, ctx.workload.spec.capture_parts, passes, ctx.device, make_graphed)
+            self._parts = graph_parts(
+                model, capture.parts, _forward_passes(ctx, model), self.config.max_shapes, ctx.device, make_graphed
+            )
         return (yield)
 
     @hookimpl(wrapper=True)
@@ -137,7 +127,7 @@ class CudaGraphs(Plugin):
         from timetrial_cuda_graphs.optimizer import make_capturable
 
         optimizer = yield
-        if ctx.workload.spec.capture == "step":
+        if ctx.workload.capture.step:
             self._rounds_otherwise = make_capturable(optimizer, on_load=self._forget)
         return optimizer
 
@@ -146,7 +136,7 @@ class CudaGraphs(Plugin):
         from timetrial_cuda_graphs.cuda import CudaCapture
 
         step = yield
-        if ctx.workload.spec.capture != "step" or (purpose == "infer" and not self.config.inference):
+        if not ctx.workload.capture.step or (purpose == "infer" and not self.config.inference):
             return step
         self._capture = self._capture or CudaCapture()
         make = self._graphed_training if purpose == "train" else self._graphed_inference
@@ -161,22 +151,22 @@ class CudaGraphs(Plugin):
         from timetrial_cuda_graphs.optimizer import REMEDY, replayable
 
         for ddp in (m for m in ctx.distributed_model.modules() if isinstance(m, DistributedDataParallel)):
-            if self.config.warmup < DDP_WARMUP:
+            if self.config.eager_steps < DDP_WARMUP:
                 raise UsageError(
-                    f"opt.cuda_graphs.warmup={self.config.warmup}: with DistributedDataParallel at least {DDP_WARMUP} "
-                    "eager steps are needed"
+                    f"opt.cuda_graphs.eager_steps={self.config.eager_steps}: with DistributedDataParallel at least "
+                    f"{DDP_WARMUP} eager steps are needed"
                 )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
         hint = f"leave out 'cuda_graphs', or {REMEDY} if it is the optimizer that waits for the device"
         return Graphed(
             step,
             replayable(refusing(capture, "the training step", hint), ctx.optimizer),
-            warmup=self.config.warmup,
+            eager_calls=self.config.eager_steps,
             max_graphs=self.config.max_graphs,
             gather=(lambda number: [row[0] for row in ctx.backend.all_gather([number])])
             if ctx.world_size > 1
             else None,
-            static_shapes=ctx.workload.spec.static_shapes,
+            static_shapes=len(list(islice(ctx.workload.example_batches(), 2))) == 1,
         )
 
     def _graphed_inference(self, ctx: RunContext, step: Any, capture: Capture) -> Graphed:
@@ -186,7 +176,7 @@ class CudaGraphs(Plugin):
         return Graphed(
             step,
             refusing(capture, "the inference step", "set opt.cuda_graphs.inference=false"),
-            warmup=INFERENCE_WARMUP,
+            eager_calls=INFERENCE_WARMUP,
             max_graphs=self.config.max_graphs,
             mode=lambda: ctx.model.training,
         )
@@ -206,10 +196,9 @@ class CudaGraphs(Plugin):
         return of_steps({purpose: step.seen for purpose, step in self._steps.items()}, self._rounds_otherwise)
 
 
-def _forward_passes(ctx: RunContext, model: nn.Module, most: int) -> Iterator[Callable[[], Any]]:
-    """Forward passes of training on synthetic data, one for each shape that the workload names."""
-    loss, workload = ctx.component("loss", ctx.workload.loss), ctx.workload
-    batches = workload.capture_batches() if isinstance(workload, Bucketed) else [workload.synthetic_batch()]
-    for batch in islice(batches, most):
-        (fed,) = ctx.feed([batch])  # one by one: nothing may be copied ahead while a graph is recorded
-        yield partial(loss, model, fed.data)
+def _forward_passes(ctx: RunContext, model: nn.Module) -> Iterator[Callable[[], Any]]:
+    """Forward passes of training on random data, one for each shape that the workload names."""
+    loss = ctx.offer(LOSS, ctx.workload.loss)
+    for example in ctx.workload.example_batches():
+        (batch,) = ctx.to_device([example], "warm_up")  # one by one: nothing may be copied ahead during a recording
+        yield partial(loss, model, batch.data)

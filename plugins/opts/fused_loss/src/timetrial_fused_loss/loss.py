@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timetrial_bert.seams import IGNORED
 from timetrial_fused_loss.memory import PeakMemory
-
-IGNORED = -100
-"""Label of a position without a loss, as in `F.cross_entropy`."""
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Observed:
 
 
 class ChunkedLoss:
-    """Component "bert.mlm_loss": the workload's documentation of the seam says what it takes and gives.
+    """At the seam MLM_LOSS, whose documentation says what it takes and returns.
 
     Products run in the dtype of autocast where that is on, sums always in float32 (float64 for float64 inputs).
     """

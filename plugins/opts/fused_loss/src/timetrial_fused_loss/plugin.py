@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
+from core.api.seams import Replacement
 from core.api.types import Evidence, OptSpec, Plugin
+from timetrial_bert.seams import MLM_LOSS
 
 if TYPE_CHECKING:
     from timetrial_fused_loss.loss import ChunkedLoss
 
-COMPONENT = "bert.mlm_loss"
 MIB = 2**20
 
 
@@ -22,28 +22,28 @@ class FusedLossConfig:
     """Settings of `opt.fused_loss`."""
 
     positions: int = checked(at_least=1)
-    """Positions of a chunk; logits of so many exist at a time."""
+    """Positions of a chunk, whose logits exist at the same time."""
 
 
 class FusedLoss(Plugin):
     """Replaces the masked-LM loss by one that never holds all logits."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="masked-LM cross-entropy in chunks, recomputed in the backward pass",
         numerics="tolerance",
-        components=frozenset({COMPONENT}),
+        replaces=frozenset({MLM_LOSS}),
     )
     Config = FusedLossConfig
     config: FusedLossConfig
 
     _loss: ChunkedLoss | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != COMPONENT:
-            return inner
+    @hookimpl
+    def replace(self) -> list[Replacement[Any]]:
+        return [MLM_LOSS.by(self._make_loss)]
+
+    def _make_loss(self, inner: Any) -> ChunkedLoss:
         from timetrial_fused_loss.loss import ChunkedLoss
 
         self._loss = ChunkedLoss(self.config.positions)

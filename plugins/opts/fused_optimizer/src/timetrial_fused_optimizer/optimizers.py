@@ -11,11 +11,12 @@ that they replace. Letters: w is a parameter, g its gradient, lists run over the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.api import reference
 from core.api.errors import UsageError
 from timetrial_fused_optimizer.observe import Counting, Observed
 
@@ -31,9 +32,6 @@ class Fused(torch.optim.Optimizer):
     regard to strides: a gradient or a state that is laid out otherwise than its parameter would be applied to the wrong
     elements, so those are copied into its layout first.
     """
-
-    keys: ClassVar[frozenset[str]]
-    """Settings that the groups must have to be recognised."""
 
     def __init__(self, groups: list[Group]) -> None:
         self.seen: Observed | None = None
@@ -99,8 +97,6 @@ class Fused(torch.optim.Optimizer):
 class SGD(Fused):
     """torch.optim.SGD in torch's fused kernel. Without dampening, momentum from 0 on gives torch's first step, too."""
 
-    keys = frozenset({"momentum", "dampening", "weight_decay", "nesterov", "maximize"})
-
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
@@ -117,8 +113,6 @@ class SGD(Fused):
 class AdamW(Fused):
     """torch.optim.AdamW in torch's fused kernel."""
 
-    keys = frozenset({"betas", "eps", "weight_decay", "amsgrad", "maximize"})
-
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
 
@@ -134,17 +128,7 @@ class AdamW(Fused):
 
 
 class LARS(Fused):
-    """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888), the learning rate inside the
-    momentum, as the workload `resnet` has it:
-
-        trust = eeta * |w| / (|g| + weight_decay * |w| + epsilon)      1 where |w| or |g| is 0
-        v     = momentum * v + lr * trust * (g + weight_decay * w)
-        w     = w - v
-
-    A group with `adapt=False` takes trust = 1 and no weight decay.
-    """
-
-    keys = frozenset({"momentum", "weight_decay", "eeta", "epsilon", "adapt"})
+    """core.api.reference.LARS: the trust ratios of a group at once, then torch's fused SGD."""
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",)
@@ -169,18 +153,8 @@ class LARS(Fused):
 
 
 class LAMB(Fused):
-    """Layer-wise adaptive moments (You et al. 2019, arXiv:1904.00962, algorithm 2) after clipping all gradients
-    together, as the workload `bert` has it:
-
-        g = g * min(1, max_grad_norm / |all gradients|)               where max_grad_norm is given
-        u = m / (sqrt(v) + eps) + weight_decay * w                     m, v: moments of g as in Adam
-        w = w - lr * trust * u                                         trust = |w| / |u|, 1 where either is 0
-
-    A group with `adapt=False` takes trust = 1; one with `bias_correction=False` takes the moments as they are. As
-    `clip_grad_norm_` does, clipping changes the gradients in place.
-    """
-
-    keys = frozenset({"betas", "eps", "weight_decay", "bias_correction", "max_grad_norm", "adapt"})
+    """core.api.reference.LAMB: directions from torch's fused Adam, then the trust ratios of a group at once. As
+    `clip_grad_norm_` does, clipping changes the gradients in place."""
 
     def _state_keys(self, group: Group) -> tuple[str, ...]:
         return ("step", "exp_avg", "exp_avg_sq")
@@ -223,21 +197,26 @@ class LAMB(Fused):
 UNCORRECTED = 1e9
 """A step count at which 1 - beta^step is 1 for every beta up to 0.99999998: no bias left to correct."""
 
-OPTIMIZERS: dict[str, type[Fused]] = {kind.__name__: kind for kind in (SGD, AdamW, LARS, LAMB)}
+OPTIMIZERS: dict[type[torch.optim.Optimizer], type[Fused]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.AdamW: AdamW,
+    reference.LARS: LARS,
+    reference.LAMB: LAMB,
+}
+"""Optimizers that are replaced, and by what."""
 
 
 def fuse(inner: torch.optim.Optimizer) -> Fused:
     """The fused optimizer over the groups of `inner`, which must not have made a step.
 
-    It is recognised by the name of its class and the settings in its groups: plugins do not import each other.
-    Raises UsageError for an optimizer that is none of OPTIMIZERS.
+    Raises UsageError where the class of `inner` is none of OPTIMIZERS. A subclass is not one of them: its step may be
+    another.
     """
-    name, groups = type(inner).__name__, inner.param_groups
-    kind = OPTIMIZERS.get(name)
-    if kind is None or not all(kind.keys <= group.keys() for group in groups):
+    kind, groups = OPTIMIZERS.get(type(inner)), inner.param_groups
+    if kind is None:
         raise UsageError(
-            f"fused_optimizer does not know the optimizer {type(inner).__module__}.{name}: leave it out; "
-            f"it knows {', '.join(sorted(OPTIMIZERS))}"
+            f"fused_optimizer does not know the optimizer {_full_name(type(inner))}: leave it out; "
+            f"it knows {', '.join(map(_full_name, OPTIMIZERS))}"
         )
     if any(group.get("dampening") for group in groups):
         raise UsageError("fused_optimizer does not know SGD with dampening: leave it out, or set dampening to 0")
@@ -248,6 +227,10 @@ def fuse(inner: torch.optim.Optimizer) -> Fused:
             f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in formats))}: leave it out"
         )
     return kind([dict(group) for group in groups if group["params"]])
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
 
 
 def _with_gradient(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,10 +24,13 @@ class FusedOptimizer(Plugin):
     """Replaces the workload's SGD, AdamW, LARS or LAMB by a multi-tensor, capturable one over the same groups."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="multi-tensor, capturable SGD, AdamW, LARS and LAMB",
         numerics="tolerance",
-        conflicts={"fsdp": "its kernels take whole parameters, not shards of them"},
+        conflicts={
+            "fsdp": "its kernels take whole parameters, not shards of them",
+            "tensor_parallel": "its kernels take whole parameters, not parts of them",
+        },
     )
     Config = FusedOptimizerConfig
     config: FusedOptimizerConfig

@@ -4,47 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from core.api.errors import UsageError
+from core.api.errors import NotOfferedError
+from core.api.tree import map_tensors, tensors
 from core.api.types import Batch, Outputs, Step
 
 
-def split(batch: Batch, steps: int, world_size: int) -> list[Batch]:
+def split(batch: Batch, steps: int, data_size: int) -> list[Batch]:
     """`batch` as at most `steps` micro-batches along dimension 0, whose weights sum to the batch's own.
 
-    Their sizes differ by at most one example. Their number is the same on all ranks where the ranks' shares of a batch
-    differ by at most one example (`core.api.data`), as collectives inside the model need. UsageError if a tensor of two
-    or more shares no first dimension with the others; scalars and other data go to every micro-batch.
+    Their sizes differ by at most one example. Their number is the same on all ranks where the shares of a batch differ
+    by at most one example (`core.api.data`), as collectives inside the model need. Scalars and other data go to every
+    micro-batch. NotOfferedError where tensors have first dimensions of different sizes.
     """
-    leaves, structure = pytree.tree_flatten(batch.data)
-    splittable = [isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves]
-    sizes = {leaf.shape[0] for leaf, split_it in zip(leaves, splittable, strict=True) if split_it}
+    sizes = {len(tensor) for tensor in tensors(batch.data) if tensor.dim()}
     if len(sizes) != 1:
-        raise UsageError(
+        raise NotOfferedError(
             "opt 'grad_accumulation' cannot split this workload's batches: their tensors have first dimensions of "
             f"{', '.join(map(str, sorted(sizes))) or 'no'} elements, not one for each example; leave it out"
         )
     size = sizes.pop()
-    number = max(1, min(steps, size, batch.samples // world_size))
-    chunks = [
-        torch.tensor_split(leaf, number) if split_it else [leaf] * number
-        for leaf, split_it in zip(leaves, splittable, strict=True)
-    ]
-    lengths = [len(part) for part in torch.arange(size).tensor_split(number)]
-    ends = [sum(lengths[: i + 1]) * batch.samples // size for i in range(number)]
+    number = max(1, min(steps, size, batch.samples // data_size))
+    lengths = [size // number + (i < size % number) for i in range(number)]
     return [
         Batch(
-            data=pytree.tree_unflatten([chunk[i] for chunk in chunks], structure),
-            samples=end - start,
-            weight=batch.weight * length / size,
+            data=_rows(batch.data, start, end),
+            samples=end * batch.samples // size - start * batch.samples // size,
+            weight=batch.weight * (end - start) / size,
         )
-        for i, (length, start, end) in enumerate(zip(lengths, [0, *ends], ends, strict=False))
+        for start, end in pairwise(accumulate(lengths, initial=0))
     ]
+
+
+def _rows(data: Any, start: int, end: int) -> Any:
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:end] if tensor.dim() else tensor
+
+    return map_tensors(cut, data)
 
 
 def combine(parts: list[Outputs], shares: list[float]) -> Outputs:
@@ -70,8 +71,8 @@ def combine(parts: list[Outputs], shares: list[float]) -> Outputs:
 class Accumulation:
     """Calls `inner` once for each micro-batch; ranks exchange gradients in the last call only."""
 
-    def __init__(self, inner: Step, model: nn.Module, steps: int, world_size: int) -> None:
-        self.inner, self.steps, self.world_size = inner, steps, world_size
+    def __init__(self, inner: Step, model: nn.Module, steps: int, data_size: int) -> None:
+        self.inner, self.steps, self.data_size = inner, steps, data_size
         # DistributedDataParallel, wherever an opt has wrapped it; one rank's model exchanges nothing.
         self._local: Any = next((m.no_sync for m in model.modules() if hasattr(m, "no_sync")), nullcontext)
         self.exchanges = self._local is not nullcontext
@@ -79,7 +80,7 @@ class Accumulation:
         """Steps by their number of micro-batches."""
 
     def __call__(self, batch: Batch) -> Outputs:
-        micro_batches = split(batch, self.steps, self.world_size)
+        micro_batches = split(batch, self.steps, self.data_size)
         self.seen[len(micro_batches)] += 1
         outputs: list[Outputs] = []
         for number, micro_batch in enumerate(micro_batches, start=1):

@@ -26,7 +26,7 @@ class GradAccumulation(Plugin):
     """Splits each batch into micro-batches and accumulates their gradients."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="a step in several micro-batches, for batches that do not fit into memory",
         numerics="tolerance",
     )
@@ -40,11 +40,9 @@ class GradAccumulation(Plugin):
         from timetrial_grad_accumulation.accumulation import Accumulation
 
         parts = yield
-        ctx.figures["gradient_accumulation_steps"] = self.config.steps
-        self._accumulation = Accumulation(
-            parts.forward_backward, ctx.distributed_model, self.config.steps, ctx.world_size
-        )
-        return replace(parts, forward_backward=self._accumulation)
+        steps = self.config.steps
+        self._accumulation = Accumulation(parts.forward_backward, ctx.distributed_model, steps, ctx.data_size)
+        return replace(parts, forward_backward=self._accumulation, micro_batches=steps * parts.micro_batches)
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:

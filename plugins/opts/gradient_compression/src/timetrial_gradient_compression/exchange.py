@@ -9,11 +9,11 @@ exchange is given one bucket after the other and returns a future of its mean ov
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from core.api.errors import UsageError
@@ -34,26 +34,25 @@ class Traffic:
 
 
 class CountingGroup(dist.ProcessGroup):
-    """The default process group, which counts the bytes that it is given to all-reduce."""
+    """The process group of a `mesh` with one dimension, which counts the bytes that it is given to all-reduce."""
 
-    def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__(mesh.get_local_rank(), mesh.size())
+        self._mesh = mesh
         self.traffic = Traffic()
         """Where they are added."""
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
         self.traffic.sent += sum(t.nbytes for t in tensors)
         # Looked up each time: a reference kept here would outlive the group, whose threads then abort the process.
-        world = dist.group.WORLD
-        assert world is not None
-        return world.allreduce(tensors, options)
+        return self._mesh.get_group().allreduce(tensors, options)
 
 
 class Bf16:
-    """Sends each bucket in bfloat16, rounded and divided by the world size before it is summed."""
+    """Sends each bucket in bfloat16, rounded and divided by the number of ranks before it is summed."""
 
-    def __init__(self) -> None:
-        self.group = CountingGroup()
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group = CountingGroup(mesh)
         self.whole = Traffic()
         self.reset()
 
@@ -78,10 +77,10 @@ class PowerSgd:
     this step's Q. Both are state: `state_dict` holds them, for each bucket. Vogels et al., arXiv 1905.13727.
     """
 
-    def __init__(self, rank: int, start_step: int, min_rate: float, seed: int, device: torch.device) -> None:
-        self.group = CountingGroup()
+    def __init__(self, mesh: DeviceMesh, rank: int, start_step: int, min_rate: float, seed: int) -> None:
+        self.group = CountingGroup(mesh)
         self.rank, self.start_step, self.min_rate, self.seed = rank, start_step, min_rate, seed
-        self.device = device
+        self.device_type = mesh.device_type
         self.reset()
 
     def reset(self) -> None:
@@ -101,7 +100,7 @@ class PowerSgd:
         _count(traffic, bucket)
         self._check(bucket)
         future = powerSGD_hook(self.state, bucket)
-        if self.device.type == "cpu":
+        if self.device_type == "cpu":
             # The hook issues all-reduces from callbacks. On CUDA they run at once, in this thread; gloo runs them in
             # its own, whose order differs from rank to rank as soon as two buckets are under way.
             future.wait()
@@ -111,8 +110,8 @@ class PowerSgd:
         error = self.state.error_dict.get(bucket.index())
         if error is not None and error.numel() != bucket.buffer().numel():
             raise UsageError(
-                "the checkpoint's PowerSGD state belongs to buckets of another size: keep the backend's bucket size, "
-                "or start a new run"
+                "the checkpoint's PowerSGD state belongs to buckets of another size: keep opt.ddp.bucket_cap_mib as it "
+                "was, or start a new run"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +125,7 @@ class PowerSgd:
         self.state.iter = state["step"]
         kept = {"errors": self.state.error_dict, "p": self.state.p_memory_dict, "q": self.state.q_memory_dict}
         for name, buckets in kept.items():
-            buckets.update({index: tensor.to(self.device) for index, tensor in state[name].items()})
+            buckets.update({index: tensor.to(self.device_type) for index, tensor in state[name].items()})
 
 
 def _count(traffic: Traffic, bucket: dist.GradBucket) -> None:

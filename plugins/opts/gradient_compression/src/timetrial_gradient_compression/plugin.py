@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.api.config import checked
-from core.api.errors import UsageError
+from core.api.errors import ConflictError, NotHereError
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from core.api.seams import GRADIENT_EXCHANGE, Replacement
+from core.api.types import Evidence, OptSpec, Plan, Plugin, RunContext
 
 if TYPE_CHECKING:
     from timetrial_gradient_compression.exchange import Bf16, PowerSgd
+
+POWERSGD = "opt.gradient_compression.method=powersgd"
 
 
 @dataclass(kw_only=True)
@@ -24,7 +27,7 @@ class GradientCompressionConfig:
     rank: int = checked(at_least=1)
     """PowerSGD: columns of each factor; more cost more and keep more."""
     start_step: int = checked(at_least=2)
-    """PowerSGD: so many steps are exchanged whole first. DistributedDataParallel regroups its buckets after its first
+    """PowerSGD: steps that are exchanged whole first. DistributedDataParallel regroups its buckets after its first
     backward pass, hence 2 at least."""
     min_rate: float = checked(above=0)
     """PowerSGD: a matrix whose factors are not smaller than it by this factor travels whole."""
@@ -34,11 +37,12 @@ class GradientCompression(Plugin):
     """Owns DistributedDataParallel's gradient exchange and makes it smaller."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="gradients travel between ranks in bfloat16 or as low-rank factors (PowerSGD)",
         requires=frozenset({"multi_rank"}),
         numerics="changes",
-        claims=frozenset({"ddp.comm_hook"}),
+        claims=frozenset({"gradient_exchange.hook"}),
+        replaces=frozenset({GRADIENT_EXCHANGE}),
     )
     Config = GradientCompressionConfig
     config: GradientCompressionConfig
@@ -47,16 +51,40 @@ class GradientCompression(Plugin):
     _begun = False
 
     @hookimpl
-    def communication_hook(self, ctx: RunContext) -> tuple[Any, Callable[..., Any]]:
+    def check(self, plan: Plan) -> None:
+        if self.config.method != "powersgd":
+            return
+        if plan.root.prewarm_steps == 0:
+            raise ConflictError(
+                f"{POWERSGD} needs prewarm_steps of at least 1: buckets take their final shape after the first "
+                "backward pass, and what a resumed run has kept for each belongs to that shape"
+            )
+        if "cuda_graphs" in plan.opts:
+            raise ConflictError(
+                f"{POWERSGD} waits for the device in each step, which no CUDA graph can hold: use method=bf16, or "
+                "leave opt 'cuda_graphs' out"
+            )
+
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        return [GRADIENT_EXCHANGE.by(partial(self._smaller, ctx))]
+
+    def _smaller(self, ctx: RunContext, inner: Any) -> Any:
+        import torch
+
         from timetrial_gradient_compression.exchange import Bf16, PowerSgd
 
-        c = self.config
+        c, mesh = self.config, ctx.mesh.device_mesh(ctx.device.type)["data"]
         if c.method == "bf16":
-            self._exchange = Bf16()
-        else:
-            self._refuse_what_powersgd_cannot(ctx)
-            seed = ctx.seed_for("gradient_compression")  # without the rank: every rank must draw the same matrices
-            self._exchange = PowerSgd(c.rank, c.start_step, c.min_rate, seed, ctx.device)
+            self._exchange = Bf16(mesh)
+            return None, self._exchange.exchange
+        if ctx.device.type == "cpu" and torch.cuda.is_available():
+            raise NotHereError(
+                f"{POWERSGD} on CPU ranks works only where torch sees no GPU, for torch's hook waits for any that it "
+                "sees: set CUDA_VISIBLE_DEVICES to nothing, or use backend=nccl"
+            )
+        seed = ctx.seed_for("gradient_compression")  # without the rank: every rank must draw the same matrices
+        self._exchange = PowerSgd(mesh, c.rank, c.start_step, c.min_rate, seed)
         return None, self._exchange.exchange
 
     @hookimpl
@@ -90,23 +118,3 @@ class GradientCompression(Plugin):
             self._exchange.reset()
             self._exchange.load_state_dict(state)
             self._begun = True
-
-    def _refuse_what_powersgd_cannot(self, ctx: RunContext) -> None:
-        import torch
-
-        where = "opt.gradient_compression.method=powersgd"
-        if ctx.device.type == "cpu" and torch.cuda.is_available():
-            raise UsageError(
-                f"{where} on CPU ranks works only where torch sees no GPU, for torch's hook waits for any that it "
-                "sees: set CUDA_VISIBLE_DEVICES to nothing, or use backend=nccl"
-            )
-        if ctx.config.warmup_steps == 0:
-            raise UsageError(
-                f"{where} needs warmup_steps of at least 1: buckets take their final shape after the first backward "
-                "pass, and what a resumed run has kept for each belongs to that shape"
-            )
-        if "cuda_graphs" in ctx.config.opt:
-            raise UsageError(
-                f"{where} waits for the device in each step, which no CUDA graph can hold: use method=bf16, or leave "
-                "opt 'cuda_graphs' out"
-            )

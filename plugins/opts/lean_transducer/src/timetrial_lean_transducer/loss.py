@@ -1,4 +1,4 @@
-"""The component "rnnt.loss": exact, or pruned.
+"""The transducer loss: exact, or pruned.
 
 Letters: B utterances, T frames, U labels, W = U + 1 places, J width of the joint, V vocabulary, N cells.
 """
@@ -25,7 +25,7 @@ enough to fill the device."""
 class LeanLoss:
     """`loss(joint, encoded, predicted, labels, encoded_lengths, label_lengths)`, as the workload documents the seam.
 
-    With a `span` above 0, only so many places of each frame go through the joint network, and the simple joint's loss
+    With a `span` above 0, only that many places of each frame go through the joint network, and the simple joint's loss
     is added, scaled by `simple_scale`. Products run in autocast's dtype where it is on, all else in float32, or float64
     if the inputs are.
     """

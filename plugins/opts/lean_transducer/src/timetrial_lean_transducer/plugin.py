@@ -8,16 +8,17 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
-from core.api.errors import UsageError
+from core.api.errors import NotHereError
 from core.api.hooks import hookimpl
+from core.api.seams import Replacement
 from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from timetrial_rnnt.seams import JOINT, TRANSDUCER_LOSS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from timetrial_lean_transducer.loss import LeanLoss
 
-COMPONENT = "rnnt.loss"
 MIB = 2**20
 
 
@@ -43,23 +44,23 @@ class LeanTransducer(Plugin):
     """Replaces the transducer loss, the joint network included."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="transducer loss without the (batch, time, label, vocabulary) tensor; exact, or pruned",
         numerics="tolerance",
-        components=frozenset({COMPONENT}),
+        replaces=frozenset({TRANSDUCER_LOSS}),
     )
     Config = LeanTransducerConfig
     config: LeanTransducerConfig
 
     _loss: LeanLoss | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != COMPONENT:
-            return inner
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
         if self.config.recursion == "triton" and (ctx.device.type != "cuda" or not find_spec("triton")):
-            raise UsageError("opt.lean_transducer.recursion=triton needs a GPU and the package triton: use torch")
+            raise NotHereError("opt.lean_transducer.recursion=triton needs a GPU and the package triton: use torch")
+        return [TRANSDUCER_LOSS.by(self._make_loss)]
+
+    def _make_loss(self, inner: Any) -> LeanLoss:
         from timetrial_lean_transducer.loss import LeanLoss
 
         c = self.config
@@ -73,16 +74,12 @@ class LeanTransducer(Plugin):
     def prepare_model(self, ctx: RunContext, model: nn.Module) -> Generator[None, nn.Module, nn.Module]:
         """Gives the joint network the simple joint that pruning needs, before it is distributed: its parameters are
         then the model's, for the optimizer, the gradient exchange and checkpoints."""
-        if self.config.mode == "pruned":
+        if self._loss is not None and self._loss.span:  # None where no loss was offered, which core refuses
             from timetrial_lean_transducer.pruning import SimpleJoint
 
-            joints: list[Any] = [m for m in ctx.model.modules() if hasattr(m, "output") and hasattr(m, "blank")]
-            if len(joints) != 1:
-                problem = f"the model has {len(joints)} modules with `output` and `blank`, and one is expected"
-                raise UsageError(f"opt.lean_transducer.mode=pruned: {problem}: use mode=exact")
-            output = joints[0].output
-            simple = SimpleJoint(output.in_features, output.out_features, ctx.seed_for("lean_transducer"))
-            joints[0].add_module("simple", simple.to(ctx.device))
+            joint: Any = ctx.model.get_submodule(JOINT)
+            simple = SimpleJoint(joint.output.in_features, joint.output.out_features, ctx.seed_for("lean_transducer"))
+            joint.add_module("simple", simple.to(ctx.device))
         return (yield)
 
     @hookimpl

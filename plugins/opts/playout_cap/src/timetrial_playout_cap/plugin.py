@@ -1,20 +1,18 @@
-"""The opt `playout_cap`: few simulations for most moves of self-play, many for those that are learnt from."""
+"""The opt `playout_cap`: full search on a sampled share of the moves of self-play; only those are learnt from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
+from core.api.seams import Replacement
 from core.api.types import Evidence, OptSpec, Plugin, RunContext
+from timetrial_minigo.seams import PLAYOUTS, Playouts, searched
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Playouts = Callable[[int, int, int], tuple[Tensor, Tensor]]
-    """`(generation, ply, games) -> (simulations int64 [games], recorded bool [games])`, as the workload has it."""
 
 LEAST = 2
 """Simulations: the first one evaluates the position itself, so that fewer would try no move."""
@@ -34,43 +32,42 @@ class PlayoutCap(Plugin):
     """Draws for each move of self-play whether it gets a full search; the others are played fast and not recorded."""
 
     spec = OptSpec(
-        interface=1,
-        summary="few simulations for most moves of self-play, many for those that are learnt from",
+        interface=2,
+        summary="full search on a sampled share of the moves of self-play; only those are learnt from",
         numerics="changes",
-        conflicts={"fsdp": "ranks that share a sharded model must call it together, and their games end apart"},
-        components=frozenset({"minigo.playouts"}),
+        replaces=frozenset({PLAYOUTS}),
     )
     Config = PlayoutCapConfig
     config: PlayoutCapConfig
 
     _inner: Playouts | None = None
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != "minigo.playouts":
-            return inner
-        self._inner = inner
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        def capped(inner: Playouts) -> Playouts:
+            self._inner = inner
 
-        def playouts(generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
-            import torch
+            def playouts(generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
+                import torch
 
-            simulations, recorded = inner(generation, ply, games)
-            draw = torch.Generator().manual_seed(ctx.seed_for("playout_cap", generation, ply))
-            full = torch.rand(games, generator=draw) < self.config.full_share
-            return torch.where(full, simulations, self._small(simulations)), recorded & full
+                simulations, recorded = inner(generation, ply, games)
+                draw = torch.Generator().manual_seed(ctx.seed_for("playout_cap", generation, ply))
+                full = torch.rand(games, generator=draw) < self.config.full_share
+                return torch.where(full, simulations, self._small(simulations)), recorded & full
 
-        return playouts
+            return playouts
+
+        return [PLAYOUTS.by(capped)]
 
     def _small(self, simulations: Tensor) -> Tensor:
         return (simulations * self.config.small).round().long().clamp(min=LEAST).minimum(simulations)
 
     @hookimpl
     def verify(self, ctx: RunContext) -> Evidence:
-        """From the workload's counts of what it has really searched: a draw for a game that is over counts nothing."""
+        """From the workload's counts of what has been searched: draws for games that are over do not count."""
         assert self._inner is not None
         simulations, _ = self._inner(1, 0, 1)
-        counts = ctx.figures.get("selfplay", {"searches": 0, "recorded": 0, "simulations": 0})
+        counts = searched(ctx.figures)
         searches, full = counts["searches"], counts["recorded"]
         saved = searches * int(simulations) - counts["simulations"]
         sizes = f"{int(simulations)} and {int(self._small(simulations))} simulations"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Encoder:
-    """Component "bert.encoder". A packed batch is recognised by its `segments`; a padded one goes to `inner`."""
+    """At the seam ENCODER. A packed batch is recognised by its `segments`; a padded one goes to `inner`."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

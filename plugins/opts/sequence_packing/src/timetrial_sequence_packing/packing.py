@@ -18,27 +18,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.api.types import Batch
-
-PADDED = frozenset(
-    {"input_ids", "token_type_ids", "attention_mask", "masked_positions", "masked_labels", "next_sentence_labels"}
-)
-"""Keys by which a batch is recognised: plugins do not import each other."""
-
-IGNORED = -100
-"""Label of a prediction that does not exist."""
+from timetrial_bert.seams import IGNORED, PADDED
 
 
 @dataclass
 class Counts:
-    """What went through `packed`, training and evaluation together."""
+    """What went through `pack`, training and evaluation together."""
 
     batches: int = 0
     sequences: int = 0
@@ -97,15 +89,6 @@ class Rounding:
     rows: int = 1
     length: int = 1
     predictions: int = 1
-
-
-def packed(item: Any, rounding: Rounding, counts: Counts) -> Any:
-    """A `Batch` or its data packed, if it is a padded batch of token sequences; anything else as it is."""
-    if isinstance(item, Batch):
-        return replace(item, data=packed(item.data, rounding, counts))
-    if not isinstance(item, dict) or not item.keys() >= PADDED:
-        return item
-    return pack(item, rounding, counts)
 
 
 def pack(data: dict[str, Any], rounding: Rounding, counts: Counts | None = None) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import dataclasses
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin
+from core.api.seams import Replacement
+from core.api.types import Batch, Evidence, OptSpec, Plugin
+from timetrial_bert.seams import ENCODER
 
 if TYPE_CHECKING:
     from timetrial_sequence_packing.encoder import Encoder
     from timetrial_sequence_packing.packing import Counts
-
-ENCODER = "bert.encoder"
 
 
 @dataclass(kw_only=True)
@@ -33,10 +34,10 @@ class SequencePacking(Plugin):
     """Packs the sequences of every batch, of training and evaluation, into as few rows as it can."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="several sequences in one row, attention and positions kept apart",
         numerics="tolerance",
-        components=frozenset({ENCODER}),
+        replaces=frozenset({ENCODER}),
         conflicts={
             "unpad": "both take out the padding, each in its own layout",
             "grad_accumulation": "it splits a batch along dimension 0, where packed rows are no longer examples",
@@ -48,25 +49,27 @@ class SequencePacking(Plugin):
     _encoder: Encoder | None = None
     _counts: Counts | None = None
 
+    @hookimpl
+    def replace(self) -> list[Replacement[Any]]:
+        return [ENCODER.by(self._make_encoder)]
+
+    def _make_encoder(self, inner: Any) -> Encoder:
+        from timetrial_sequence_packing.encoder import Encoder
+
+        self._encoder = Encoder(inner)
+        return self._encoder
+
     @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name == ENCODER:
-            from timetrial_sequence_packing.encoder import Encoder
+    def transform(self) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+        from timetrial_sequence_packing.packing import Counts, Rounding, pack
 
-            self._encoder = Encoder(inner)
-            return self._encoder
-        return self._feed(inner) if name == "feed" else inner
-
-    def _feed(self, inner: Callable[[Iterable[Any]], Iterator[Any]]) -> Any:
-        from timetrial_sequence_packing.packing import Counts, Rounding, packed
-
-        self._counts = counts = Counts()
-        config = self.config
+        batches = yield
+        config, counts = self.config, self._counts or Counts()
+        self._counts = counts
         rounding = Rounding(
             rows=config.round_rows_to, length=config.round_length_to, predictions=config.round_predictions_to
         )
-        return lambda items: inner(packed(item, rounding, counts) for item in items)
+        return (dataclasses.replace(batch, data=pack(batch.data, rounding, counts)) for batch in batches)
 
     @hookimpl
     def verify(self) -> Evidence:

@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class RegisteredBuckets:
-    """A pool for the buckets of DistributedDataParallel. RuntimeError where this NCCL or GPU has no such memory."""
+    """A pool for buckets that `group` exchanges. RuntimeError where this NCCL or GPU has no such memory."""
 
-    def __init__(self, device: torch.device) -> None:
-        assert dist.group.WORLD is not None
-        self._backend = dist.group.WORLD._get_backend(device)
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+        self._backend = group._get_backend(device)
         self._pool = torch.cuda.MemPool(self._backend.mem_allocator)
         self._device = device
 

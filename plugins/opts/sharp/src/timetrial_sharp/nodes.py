@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from core.api.errors import UsageError
+from core.api.errors import NotHereError, UsageError
+from core.api.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Nodes:
         """For each place on a node, the ranks that hold it: they exchange one share of the data between the nodes."""
         return tuple(zip(*self.ranks, strict=True))
 
+    def among(self, ranks: Collection[int]) -> Nodes:
+        """The nodes of only these ranks. NotHereError where they are not spread equally."""
+        chosen = (tuple(rank for rank in node if rank in ranks) for node in self.ranks)
+        return _equal(tuple(node for node in chosen if node), self.source)
+
 
 def declared(world_size: int, ranks_per_node: int) -> Nodes:
     """Consecutive ranks share a node, as `opt.sharp.ranks_per_node` says."""
@@ -48,13 +54,29 @@ def launched(node_of_rank: Sequence[int]) -> Nodes:
     """Ranks share a node where the launcher gave them the same number."""
     numbers = sorted(set(node_of_rank))
     ranks = tuple(tuple(r for r, node in enumerate(node_of_rank) if node == number) for number in numbers)
-    sizes = sorted({len(group) for group in ranks})
+    return _equal(ranks, "the launcher")
+
+
+def _equal(ranks: tuple[tuple[int, ...], ...], source: str) -> Nodes:
+    sizes = sorted({len(node) for node in ranks})
     if len(sizes) > 1:
-        raise UsageError(
-            f"opt 'sharp' needs equally many ranks on every node, but the launcher put {sizes[0]} on one and "
-            f"{sizes[-1]} on another"
+        raise NotHereError(
+            f"opt 'sharp' needs equally many ranks that exchange gradients on every node, but {source} puts {sizes[0]} "
+            f"on one and {sizes[-1]} on another; start equally many on each"
         )
-    return Nodes(ranks, "the launcher")
+    return Nodes(ranks, source)
+
+
+def sets_of_peers(nodes: Nodes, mesh: Mesh) -> list[Nodes]:
+    """For each set of ranks that exchange gradients with one another, how it lies on the nodes: all alike."""
+    peers = {Mesh(mesh.dimensions, rank).data_peers for rank in range(mesh.world_size)}
+    found = [nodes.among(ranks) for ranks in sorted(peers)]
+    if len({(one.count, one.ranks_per_node) for one in found}) > 1:
+        raise NotHereError(
+            "opt 'sharp' needs the ranks that exchange gradients to lie on the nodes in the same way for every part of "
+            "the model; start the ranks in the order of the nodes"
+        )
+    return found
 
 
 def launcher_node() -> int:
@@ -73,13 +95,13 @@ def launcher_node() -> int:
 def refuse_two_levels(nodes: Nodes) -> None:
     """Where two levels would send as much between nodes as one."""
     if nodes.count == 1:
-        raise UsageError(
+        raise NotHereError(
             f"opt 'sharp' cannot help: all {nodes.world_size} ranks are on one node (says {nodes.source}), where only "
             "NVLink SHARP with backend=nccl could reduce; start more nodes, give a smaller opt.sharp.ranks_per_node, "
             "or leave the opt out"
         )
     if nodes.ranks_per_node == 1:
-        raise UsageError(
+        raise NotHereError(
             f"opt 'sharp' cannot help: one rank on each of {nodes.count} nodes (says {nodes.source}) leaves nothing to "
             "reduce before the network; start more ranks on each, or leave the opt out"
         )

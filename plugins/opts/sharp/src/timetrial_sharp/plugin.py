@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from core.api.config import RunConfig, checked
-from core.api.errors import UsageError
+from core.api.config import checked
+from core.api.errors import ConflictError, NotHereError
 from core.api.hooks import hookimpl
-from core.api.types import Backend, Batch, Evidence, OptSpec, Outputs, Plugin, RunContext, StepParts
+from core.api.mesh import Mesh
+from core.api.seams import GRADIENT_BUCKETS, GRADIENT_EXCHANGE, Replacement
+from core.api.types import Backend, Batch, Evidence, OptSpec, Outputs, Plan, Plugin, RunContext, StepParts
 from timetrial_sharp import in_network
-from timetrial_sharp.nodes import Nodes, declared, launched, launcher_node, refuse_two_levels
+from timetrial_sharp.nodes import Nodes, declared, launched, launcher_node, refuse_two_levels, sets_of_peers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,13 +31,15 @@ MIB = 2**20
 class SharpConfig:
     """Settings of `opt.sharp`."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"chunk_mb": "chunk_mib", "bucket_cap_mb": "bucket_cap_mib"}
+
     reduction: str = checked(choices=("auto", "in_network", "two_level"))
     """Who adds up: the switches (NCCL), or the ranks, first within nodes and then between them."""
     ranks_per_node: int | None = checked(at_least=1)
     """Consecutive ranks that share a node; None: as the launcher says."""
-    chunk_mb: float = checked(above=0)
+    chunk_mib: float = checked(above=0)
     """two_level: MiB of gradients that pass through its phases together."""
-    bucket_cap_mb: float = checked(above=0)
+    bucket_cap_mib: float = checked(above=0)
     """in_network: the least MiB of a bucket of gradients."""
     register_buffers: bool
     """in_network: buckets in memory that NCCL registers."""
@@ -44,18 +49,22 @@ class Sharp(Plugin):
     """Sums gradients in the network, or within nodes before they cross it."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="all-reduce that crosses each network link once: SHARP, NVLS, or two levels",
         requires=frozenset({"multi_rank"}),
         numerics="tolerance",
-        claims=frozenset({"ddp.comm_hook"}),
+        claims=frozenset({"gradient_exchange.hook"}),
         conflicts={"fsdp": "it exchanges gradients itself, not through DistributedDataParallel"},
-        wraps=frozenset({"stream_overlap"}),  # whose buckets may be too small for the switches
+        wraps=frozenset({"ddp"}),  # it decides, and finds memory for the buckets, before that wraps the model
+        replaces=frozenset({GRADIENT_BUCKETS, GRADIENT_EXCHANGE}),
     )
     Config = SharpConfig
     config: SharpConfig
 
     _nodes: Nodes
+    """Of the ranks that exchange gradients with this one."""
+    _sets: list[Nodes]
+    """These, and those of the other ranks where the model is split."""
     _in_network: bool
     _two_level: TwoLevel | None = None
     _buckets: RegisteredBuckets | None = None
@@ -65,14 +74,19 @@ class Sharp(Plugin):
     # ----------------------------------------------------------------------------------- before the ranks have met
 
     @hookimpl
-    def environment(self, config: RunConfig) -> dict[str, str]:
-        world_size = int(os.environ.get("WORLD_SIZE", config.launch.nproc))
-        if self.config.ranks_per_node:
-            declared(world_size, self.config.ranks_per_node)  # refuses before any process starts
+    def environment(self) -> dict[str, str]:
         if self.config.reduction == "two_level":
             return {}
         library = in_network.plugin_library()  # only NCCL reads these variables
         return {**in_network.REQUEST, **({"NCCL_NET_PLUGIN": str(library)} if library else {})}
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        if self.config.ranks_per_node is None:
+            return  # only the ranks know which of them share a node
+        nodes = sets_of_peers(declared(plan.world_size, self.config.ranks_per_node), Mesh(plan.dimensions))[0]
+        if self.config.reduction == "two_level":
+            refuse_two_levels(nodes)
 
     @hookimpl(wrapper=True)
     def init_backend(self, ctx: RunContext) -> Generator[None, Backend, Backend]:
@@ -90,7 +104,8 @@ class Sharp(Plugin):
         from timetrial_sharp.buffers import RegisteredBuckets
 
         try:
-            self._buckets = RegisteredBuckets(ctx.device)
+            group = ctx.mesh.device_mesh(ctx.device.type)["data"].get_group()
+            self._buckets = RegisteredBuckets(ctx.device, group)
         except RuntimeError as error:
             self._unregistered = str(error).partition("\n")[0]
             return (yield)
@@ -101,11 +116,13 @@ class Sharp(Plugin):
         """Which way this run's data goes; refuses where neither would help. The same on every rank."""
         c, nccl = self.config, ctx.device.type == "cuda"
         if c.ranks_per_node:
-            self._nodes = declared(ctx.world_size, c.ranks_per_node)
+            whole = declared(ctx.world_size, c.ranks_per_node)
         else:
-            self._nodes = launched([int(node) for (node,) in ctx.backend.all_gather([launcher_node()])])
+            whole = launched([int(node) for (node,) in ctx.backend.all_gather([launcher_node()])])
+        self._sets = sets_of_peers(whole, ctx.mesh)
+        self._nodes = next(nodes for nodes in self._sets if any(ctx.rank in node for node in nodes.ranks))
         if c.reduction == "in_network" and not nccl:
-            raise UsageError("opt.sharp.reduction=in_network needs NCCL: use backend=nccl, or reduction=two_level")
+            raise ConflictError("opt.sharp.reduction=in_network needs NCCL: use backend=nccl, or reduction=two_level")
         one_node = self._nodes.count == 1
         wanted = c.reduction == "in_network" or (c.reduction == "auto" and nccl)
         found = one_node or c.reduction == "in_network" or in_network.plugin_library() is not None
@@ -113,29 +130,30 @@ class Sharp(Plugin):
         if not self._in_network:
             refuse_two_levels(self._nodes)
         elif one_node and ctx.backend.broadcast(self._log(ctx).nvls_missing):
-            raise UsageError(
-                f"opt 'sharp' cannot help: all {ctx.world_size} ranks are on one node (says {self._nodes.source}), and "
-                "NCCL finds no NVLink SHARP there; leave the opt out"
+            raise NotHereError(
+                f"opt 'sharp' cannot help: all {self._nodes.world_size} ranks are on one node (says "
+                f"{self._nodes.source}), and NCCL finds no NVLink SHARP there; leave the opt out"
             )
 
-    @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name != "ddp" or not self._in_network:
-            return inner
-        return {**inner, "bucket_cap_mb": max(inner["bucket_cap_mb"], self.config.bucket_cap_mb)}
-
     @hookimpl
-    def communication_hook(self, ctx: RunContext) -> tuple[Any, Callable[..., Any]] | None:
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        return [GRADIENT_BUCKETS.by(self._large), GRADIENT_EXCHANGE.by(partial(self._exchange, ctx))]
+
+    def _large(self, inner: dict[str, Any]) -> dict[str, Any]:
+        if not self._in_network:
+            return inner
+        return {**inner, "bucket_at_least_mb": max(inner["bucket_at_least_mb"], self.config.bucket_cap_mib)}
+
+    def _exchange(self, ctx: RunContext, inner: Any) -> Any:
         if self._in_network:
-            return None  # DistributedDataParallel's own all-reduce, which NCCL hands to the switches
+            return inner  # DistributedDataParallel's own all-reduce, which NCCL hands to the switches
         from timetrial_sharp.two_level import TwoLevel
 
         self._two_level = TwoLevel(
-            self._nodes,
+            self._sets,
             ctx.rank,
             ctx.device,
-            chunk_bytes=int(self.config.chunk_mb * MIB),
+            chunk_bytes=int(self.config.chunk_mib * MIB),
             timeout=timedelta(seconds=ctx.config.launch.timeout_s),
         )
         return None, self._two_level.exchange
@@ -155,7 +173,7 @@ class Sharp(Plugin):
                 buckets.regroup(ctx.distributed_model)
             return outputs
 
-        return StepParts(forward_backward, inner.update)
+        return replace(inner, forward_backward=forward_backward)
 
     # ------------------------------------------------------------------------------------------------------- evidence
 
@@ -182,7 +200,7 @@ class Sharp(Plugin):
 
     def _seen_in_log(self, ctx: RunContext) -> tuple[bool, str, dict[str, Any]]:
         if ctx.rank > 0:
-            return True, "NCCL's choice of algorithm stands in the log of rank 0 alone", {}
+            return True, "only rank 0 logs which algorithm NCCL chose", {}
         log, library = self._log(ctx), in_network.plugin_library()
         share = log.in_network_share
         counts = ", ".join(f"{name} {log.calls[name]}" for name in sorted(log.calls)) or "none in the log"

@@ -41,17 +41,19 @@ class Traffic:
 
 
 class Phases:
-    """The three collectives for one chunk. Each has process groups of its own, so that they can run side by side:
+    """The three collectives for one chunk. Each has its own process groups, so that they can run side by side:
     collectives of one group are matched by their order, which must be the same on every rank."""
 
-    def __init__(self, nodes: Nodes, rank: int, device: torch.device, timeout: timedelta) -> None:
-        self.nodes, self.device = nodes, device
-        self._reduce = _join(nodes.ranks, rank, timeout)
-        self._across = _join(nodes.across, rank, timeout)
-        self._gather = _join(nodes.ranks, rank, timeout)
+    def __init__(self, sets: Sequence[Nodes], rank: int, device: torch.device, timeout: timedelta) -> None:
+        self.nodes = next(nodes for nodes in sets if any(rank in node for node in nodes.ranks))
+        self.device = device
+        within = [node for nodes in sets for node in nodes.ranks]
+        self._reduce = _join(within, rank, timeout)
+        self._across = _join([place for nodes in sets for place in nodes.across], rank, timeout)
+        self._gather = _join(within, rank, timeout)
 
     def reduce_within(self, chunk: Tensor) -> Tensor:
-        """This rank's share of the node's sum, divided by the world size, from the whole chunk (one dimension).
+        """This rank's share of the node's sum, divided by the number of ranks, from the whole chunk (one dimension).
 
         gloo's own reduce-scatter sends as much as an all-reduce (measured with torch 2.11): ranks send each other the
         pieces instead, and add up what they get.
@@ -89,23 +91,27 @@ def _join(groups: Iterable[Sequence[int]], rank: int, timeout: timedelta) -> dis
 
 
 class TwoLevel:
-    """Averages tensors over all ranks; `exchange` is a communication hook for DistributedDataParallel.
+    """Averages tensors over ranks; `exchange` is a communication hook for DistributedDataParallel.
 
-    Where a collective fails, the future carries the error (RuntimeError) to whoever waits for it.
+    Each of `sets` holds ranks that average with one another: one set, or several where the model is split over ranks.
+    Every rank makes this object at the same time and with the same sets. Where a collective fails, the future carries
+    the error (RuntimeError) to whoever waits for it.
     """
 
-    def __init__(self, nodes: Nodes, rank: int, device: torch.device, chunk_bytes: int, timeout: timedelta) -> None:
-        self.nodes = nodes
+    def __init__(
+        self, sets: Sequence[Nodes], rank: int, device: torch.device, chunk_bytes: int, timeout: timedelta
+    ) -> None:
         self.traffic = Traffic()
         self._chunk_bytes = chunk_bytes
-        phases = Phases(nodes, rank, device, timeout)
+        phases = Phases(sets, rank, device, timeout)
+        self.nodes = phases.nodes
         self._pipeline = _ThreadPipeline(phases) if device.type == "cpu" else _StreamPipeline(phases)
 
     def exchange(self, state, bucket):  # torch refuses annotations that are strings
         return self.average(bucket.buffer())
 
     def average(self, buffer: Tensor) -> Future[Tensor]:
-        """Begins to replace `buffer` (one dimension) by its mean over all ranks; the future holds it."""
+        """Begins to replace `buffer` (one dimension) by its mean over this rank's set; the future holds it."""
         n = self.nodes.ranks_per_node
         chunks = buffer.split(max(self._chunk_bytes // buffer.element_size() // n, 1) * n)
         self.traffic.buckets += 1

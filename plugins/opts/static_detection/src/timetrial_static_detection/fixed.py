@@ -1,6 +1,6 @@
 """Region proposals, pooling and final detections with fixed shapes: masks instead of selections, no host in between.
 
-Signatures are those of the components that the workload offers. Letters: B images, A anchors, n candidates, L levels,
+Signatures are those of the workload's defaults at the same seams. Letters: B images, A anchors, n candidates, L levels,
 P proposals, R regions, K classes (0 is the background), M objects, D detections. Boxes are (x1, y1, x2, y2) in pixels.
 """
 
@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from core.api.types import Batch
+from timetrial_maskrcnn.seams import MIN_SIDE
 from timetrial_static_detection import pasting
 
-MIN_SIDE = 1e-3
-"""Pixels. Narrower boxes are dropped, as the baseline does."""
 EDGE = 2
 """Cells beyond a level that pooling may read."""
 LEVEL_EPSILON = 1e-6
@@ -28,7 +27,7 @@ LEVEL_EPSILON = 1e-6
 
 
 class Fixed:
-    """The components, and counts of what their limits have cut short: on the device, where they arise there."""
+    """What lies at the seams, and counts of what their limits have cut short: on the device, where they arise there."""
 
     def __init__(self, rounds: int, candidates: int, device: torch.device) -> None:
         self.rounds, self.candidates = rounds, candidates
@@ -44,7 +43,7 @@ class Fixed:
         }  # fmt: skip
 
     def with_room(self, batches: Iterable[Batch], objects: int) -> Iterator[Batch]:
-        """The batches with room for so many objects an image: zeros fill up, objects beyond are left out, counted."""
+        """The batches with room for `objects` objects an image: zeros fill up, objects beyond are left out, counted."""
         for batch in batches:
             data = dict(batch.data)
             if data["labels"].shape[1] > objects:

@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 def masks(masks_Dss: Tensor, boxes_D4: Tensor, height: int, width: int) -> list[dict[str, Any]]:
-    """The component "maskrcnn.masks": each mask sampled bilinearly at the centres of its box's pixels, 1 from 0.5 on.
+    """Each mask sampled bilinearly at the centres of its box's pixels, 1 from 0.5 on.
 
     Bilinear sampling of a box is a product of three matrices, one for the rows and one for the columns: in float64, so
     that only a value within the baseline's own rounding (float32) of 0.5 can fall on its other side.

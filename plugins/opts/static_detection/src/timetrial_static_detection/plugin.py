@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
-from core.api.types import Batch, Evidence, OptSpec, Plugin, RunContext, Workload
+from core.api.seams import Replacement
+from core.api.types import Batch, Capture, Evidence, OptSpec, Plugin, Purpose, RunContext, Workload
+from timetrial_maskrcnn.seams import DETECTIONS, MASKS, PROPOSALS, REGION_FEATURES
 
 if TYPE_CHECKING:
     from timetrial_static_detection.fixed import Fixed
-
-COMPONENTS = ("proposals", "region_features", "detections", "masks")
 
 
 @dataclass(kw_only=True)
@@ -22,7 +21,7 @@ class StaticDetectionConfig:
     """Settings of `opt.static_detection`."""
 
     rounds: int = checked(at_least=1)
-    """Rounds of suppression: boxes that hang on a chain of so many others are settled."""
+    """Rounds of suppression: boxes that hang on a chain of this many others are settled."""
     candidates: int = checked(at_least=1)
     """Boxes of an image, over all classes, that its final detections are chosen from."""
     objects: int | None = checked(at_least=1)
@@ -33,33 +32,38 @@ class StaticDetection(Plugin):
     """Replaces the parts of Mask R-CNN whose shapes depend on the data."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="detection with fixed shapes and without host synchronisation",
         numerics="tolerance",
-        components=frozenset(f"maskrcnn.{name}" for name in COMPONENTS),
+        replaces=frozenset({PROPOSALS, REGION_FEATURES, DETECTIONS, MASKS}),
     )
     Config = StaticDetectionConfig
     config: StaticDetectionConfig
 
     _fixed: Fixed | None = None
 
-    # Innermost, wherever this opt lies: others decide by the spec what they can do.
-    @hookimpl(wrapper=True, trylast=True)
+    @hookimpl(wrapper=True)
     def make_workload(self) -> Generator[None, Workload, Workload]:
         workload = yield
-        workload.spec = dataclasses.replace(workload.spec, capture="step")
+        workload.capture = Capture(step=True)
         return workload
 
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        kind, _, part = name.partition(".")
-        return getattr(self._of(ctx), part) if kind == "maskrcnn" and part in COMPONENTS else inner
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        fixed = self._of(ctx)
+        return [
+            PROPOSALS.by(lambda _: fixed.proposals),
+            REGION_FEATURES.by(lambda _: fixed.region_features),
+            DETECTIONS.by(lambda _: fixed.detections),
+            MASKS.by(lambda _: fixed.masks),
+        ]
 
     @hookimpl(wrapper=True)
-    def wrap_batches(self, ctx: RunContext) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
-        inner = yield
-        return self._of(ctx).with_room(inner, self.config.objects) if self.config.objects else inner
+    def transform(self, ctx: RunContext, purpose: Purpose) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+        batches = yield
+        if self.config.objects is None or purpose == "evaluate":  # images to be evaluated have no objects
+            return batches
+        return self._of(ctx).with_room(batches, self.config.objects)
 
     def _of(self, ctx: RunContext) -> Fixed:
         if self._fixed is None:

@@ -12,7 +12,7 @@ from timetrial_stream_overlap.overlap import Hidden
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of work: `words` say what became of it, or why nothing did; `work` is what the trace shows of it."""
+    """One kind of work: `words` say what was done about it, or why nothing was; `work` is what the trace shows."""
 
     name: str
     words: str

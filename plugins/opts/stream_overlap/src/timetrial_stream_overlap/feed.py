@@ -10,9 +10,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from core.api.tree import map_tensors, tensors
+from core.api.types import Batch, Purpose
 from timetrial_stream_overlap.window import span
 
 PREPARE = "stream_overlap.prepare"
@@ -21,7 +21,7 @@ PREPARE = "stream_overlap.prepare"
 WAIT = "stream_overlap.wait"
 """The name under which a trace shows that the steps waited for a batch."""
 
-PlainFeed = Callable[[Iterable[Any]], Iterator[Any]]
+PlainFeed = Callable[[Iterable[Batch], Purpose], Iterator[Batch]]
 
 
 @dataclass
@@ -47,24 +47,24 @@ class _End:
 
 
 class Feed:
-    """Stands in for `plain`: hands out the same items in the same order, up to `depth` of them ahead of the consumer.
+    """Replaces `plain`: hands out the same batches in the same order, up to `depth` of them ahead of the consumer.
 
     One thread consumes the iterable. It ends with the iterable, or as soon as the iterator is closed or dropped; what
-    the iterable raises is raised in its place. On an accelerator the items are page-locked and then moved on a stream
-    of their own; the consumer's stream waits for that, the consumer's thread does not.
+    the iterable raises is raised in its place. On an accelerator the batches are page-locked and then moved on a
+    separate stream; the consumer's stream waits for that, the consumer's thread does not.
     """
 
     def __init__(self, plain: PlainFeed, device: torch.device, depth: int) -> None:
         self._plain, self._device, self._depth = plain, device, depth
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
-    def __call__(self, items: Iterable[Any], counts: Counts) -> Generator[Any, None, None]:
+    def __call__(self, batches: Iterable[Batch], purpose: Purpose, counts: Counts) -> Generator[Batch, None, None]:
         if isinstance(threading.current_thread(), _Producer):  # an iterable that is fed by another one
-            yield from self._plain(items)
+            yield from self._plain(batches, purpose)
             return
-        if self._stream is not None:  # what the consumer has queued so far may be what the items are made of
+        if self._stream is not None:  # what the consumer has queued so far may be what the batches are made of
             self._stream.wait_stream(torch.accelerator.current_stream(self._device))
-        producer = _Producer(self._moved(items), self._stream, self._depth)
+        producer = _Producer(self._moved(batches, purpose), self._stream, self._depth)
         producer.start()
         try:
             while True:
@@ -81,26 +81,29 @@ class Feed:
         finally:
             producer.stop()
 
-    def _moved(self, items: Iterable[Any]) -> Generator[tuple[Any, torch.Event | None], None, None]:
-        """Runs in the thread: each item on the device, with the event after which it may be read."""
+    def _moved(
+        self, batches: Iterable[Batch], purpose: Purpose
+    ) -> Generator[tuple[Batch, torch.Event | None], None, None]:
+        """Runs in the thread: each batch on the device, with the event after which it may be read."""
         try:
             if self._stream is None:
-                for item in self._plain(items):
-                    yield item, None
+                for batch in self._plain(batches, purpose):
+                    yield batch, None
             else:
-                for item in self._plain(map(_page_locked, items)):
-                    yield item, self._stream.record_event()
+                for batch in self._plain(map(_page_locked, batches), purpose):
+                    yield batch, self._stream.record_event()
         finally:  # a generator ends in the thread that ran it
-            getattr(items, "close", lambda: None)()
+            getattr(batches, "close", lambda: None)()
 
-    def _received(self, item: Any, moved: torch.Event | None) -> Any:
+    def _received(self, batch: Batch, moved: torch.Event | None) -> Batch:
         """Runs in the consumer's thread."""
         if moved is not None:
             stream = torch.accelerator.current_stream(self._device)
             stream.wait_event(moved)
-            # Its memory belongs to the other stream, which must not use it again before this one has read it.
-            pytree.tree_map_only(Tensor, lambda tensor: tensor.record_stream(stream), item)
-        return item
+            for tensor in tensors(batch):
+                # Its memory belongs to the other stream, which must not use it again before this one has read it.
+                tensor.record_stream(stream)
+        return batch
 
 
 class _Producer(threading.Thread):
@@ -146,6 +149,6 @@ class _Producer(threading.Thread):
             self.queue.put(entry)
 
 
-def _page_locked(item: Any) -> Any:
-    """The pytree with its host tensors in page-locked memory, which the device reads without the host's help."""
-    return pytree.tree_map_only(Tensor, lambda t: t.pin_memory() if t.device.type == "cpu" else t, item)
+def _page_locked(batch: Batch) -> Batch:
+    """Its host tensors in page-locked memory, which the device reads without the host's help."""
+    return map_tensors(lambda t: t.pin_memory() if t.device.type == "cpu" else t, batch)

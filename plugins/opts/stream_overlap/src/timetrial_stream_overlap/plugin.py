@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from core.api.config import checked
 from core.api.errors import UsageError
 from core.api.hooks import hookimpl
-from core.api.types import Batch, Evidence, Forward, OptSpec, Outputs, Plugin, RunContext, StepParts
+from core.api.seams import FEED, GRADIENT_BUCKETS, GRADIENT_EXCHANGE, Replacement
+from core.api.types import (
+    Batch,
+    Evaluate,
+    Evidence,
+    Forward,
+    OptSpec,
+    Outputs,
+    Plan,
+    Plugin,
+    Purpose,
+    Quality,
+    RunContext,
+    StepParts,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
     from timetrial_stream_overlap.evidence import Part
-    from timetrial_stream_overlap.feed import Counts
+    from timetrial_stream_overlap.feed import Counts, PlainFeed
     from timetrial_stream_overlap.overlap import Hidden
     from timetrial_stream_overlap.updates import BackwardUpdates
     from timetrial_stream_overlap.window import Window
 
-Evaluate = Callable[[Forward], dict[str, float]]
 Exchange = tuple[Any, Callable[..., Any]] | None
 
 MIB = 2**20
 OFF = "switched off"
 
 BUCKETS = 16
-"""Buckets that the gradients are split into, where `bucket_cap_mb` leaves it open. The exchange of the last one cannot
+"""Buckets that the gradients are split into, where `bucket_cap_mib` leaves it open. The exchange of the last one cannot
 be hidden: a sixteenth of all."""
 
 SMALLEST_BUCKET_MIB, LARGEST_BUCKET_MIB = 0.0625, 25.0
@@ -38,6 +52,8 @@ SMALLEST_BUCKET_MIB, LARGEST_BUCKET_MIB = 0.0625, 25.0
 @dataclass(kw_only=True)
 class StreamOverlapConfig:
     """Settings of `opt.stream_overlap`."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"bucket_cap_mb": "bucket_cap_mib"}
 
     copies: bool
     """A thread prepares the next training batches and moves them to the device."""
@@ -49,7 +65,7 @@ class StreamOverlapConfig:
     """A bucket's parameters are updated as soon as their gradients are final."""
     prefetch: int = checked(at_least=1)
     """Batches that may be ready or under way ahead of the step."""
-    bucket_cap_mb: float | None = checked(above=0)
+    bucket_cap_mib: float | None = checked(above=0)
     """MiB of gradients in a bucket; null: a sixteenth of all, within bounds."""
     profile_after: int = checked(at_least=0)
     """Steps before those that are profiled for the evidence."""
@@ -63,55 +79,61 @@ class StreamOverlap(Plugin):
     """Hides input, gradient exchange and updates behind compute."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="copies, gradient exchange and updates while the model computes",
         numerics="tolerance",
-        wraps=frozenset({"grad_accumulation"}),
+        # It acts on what the others make of a step and of the exchange.
+        wraps=frozenset({"grad_accumulation", "gradient_compression", "sharp"}),
+        replaces=frozenset({FEED, GRADIENT_BUCKETS, GRADIENT_EXCHANGE}),
     )
     Config = StreamOverlapConfig
     config: StreamOverlapConfig
 
-    def __init__(self, config: StreamOverlapConfig) -> None:
-        super().__init__(config)
-        if not (config.copies or config.evaluation or config.gradients or config.optimizer):
+    _window: Window
+    _fed: dict[Purpose, Counts]
+    _training = False
+    _updates: BackwardUpdates | None = None
+    _without_updates = ""
+    """Why nothing is updated in the backward pass."""
+    _hooked = False
+    """Whether updates follow an exchange of another opt's."""
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        c = self.config
+        if not (c.copies or c.evaluation or c.gradients or c.optimizer):
             raise UsageError("all parts of opt 'stream_overlap' are switched off: leave it out")
-        self._evaluating = False
-        self._without_updates = ""
-        """Why nothing is updated in the backward pass."""
+
+    @hookimpl
+    def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
+        return [
+            FEED.by(partial(self._feed, ctx)),
+            GRADIENT_BUCKETS.by(partial(self._small_buckets, ctx)),
+            GRADIENT_EXCHANGE.by(partial(self._updated_behind, ctx)),
+        ]
 
     # ---------------------------------------------------------------------------------------------------- input
 
-    _window: Window
-    _fed: dict[str, Counts]
-    _updates: BackwardUpdates | None = None
-
-    @hookimpl(wrapper=True)
-    def component(self, ctx: RunContext, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name == "feed":
-            return self._feed(ctx, inner)
-        if name == "ddp" and self.config.gradients:
-            return {**inner, "bucket_cap_mb": self._bucket_mib(ctx.model), "gradient_as_bucket_view": True}
-        return inner
-
-    def _feed(self, ctx: RunContext, plain: Callable[[Iterable[Any]], Iterator[Any]]) -> Any:
+    def _feed(self, ctx: RunContext, plain: PlainFeed) -> PlainFeed:
         from timetrial_stream_overlap.feed import Counts, Feed
         from timetrial_stream_overlap.window import Window
 
         ahead = Feed(plain, ctx.device, self.config.prefetch)
         self._window = window = Window(self.config.profile_after, self.config.profile_steps)
-        self._fed = fed = {"train": Counts(), "eval": Counts()}
+        self._fed = {purpose: Counts() for purpose in get_args(Purpose)}
 
-        def training(items: Iterable[Any]) -> Iterator[Any]:
-            for item in ahead(items, fed["train"]) if self.config.copies else plain(items):
+        def fed(batches: Iterable[Batch], purpose: Purpose) -> Iterator[Batch]:
+            wanted = self.config.evaluation if purpose == "evaluate" else self.config.copies
+            return ahead(batches, purpose, self._fed[purpose]) if wanted else plain(batches, purpose)
+
+        def training(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for batch in fed(batches, "train"):
                 if self._training:
                     window.advance()
-                yield item
+                yield batch
 
-        def feed(items: Iterable[Any]) -> Iterator[Any]:
-            if not self._evaluating:
-                return training(items)
-            return ahead(items, fed["eval"]) if self.config.evaluation else plain(items)
+        def feed(batches: Iterable[Batch], purpose: Purpose) -> Iterator[Batch]:
+            return training(batches) if purpose == "train" else fed(batches, purpose)
 
         return feed
 
@@ -119,67 +141,61 @@ class StreamOverlap(Plugin):
     def wrap_evaluate(self) -> Generator[None, Evaluate, Evaluate]:
         evaluate = yield
 
-        def run(infer: Forward) -> dict[str, float]:
+        def run(infer: Forward) -> Quality:
             self._window.close()
-            self._evaluating = True
-            try:
-                return evaluate(infer)
-            finally:
-                self._evaluating = False
+            return evaluate(infer)
 
         return run
 
     # ------------------------------------------------------------------------------------- gradients and updates
 
     def _bucket_mib(self, model: nn.Module) -> float:
-        if self.config.bucket_cap_mb is not None:
-            return self.config.bucket_cap_mb
+        if self.config.bucket_cap_mib is not None:
+            return self.config.bucket_cap_mib
         share = sum(p.nbytes for p in model.parameters() if p.requires_grad) / BUCKETS / MIB
         return min(max(share, SMALLEST_BUCKET_MIB), LARGEST_BUCKET_MIB)
 
-    @hookimpl(wrapper=True)
-    def communication_hook(self, ctx: RunContext) -> Generator[None, Exchange, Exchange]:
+    def _small_buckets(self, ctx: RunContext, inner: dict[str, Any]) -> dict[str, Any]:
+        if not self.config.gradients:
+            return inner
+        return {**inner, "bucket_cap_mb": self._bucket_mib(ctx.model), "gradient_as_bucket_view": True}
+
+    def _updated_behind(self, ctx: RunContext, inner: Exchange) -> Exchange:
         from timetrial_stream_overlap.updates import BackwardUpdates
 
-        inner = yield
-        if not self.config.optimizer:
-            return inner
+        if not self.config.optimizer or inner is None:
+            return inner  # `build_step` adds an exchange if there will be updates to make
         self._updates = BackwardUpdates(ctx.device)
-        if inner is None:
-            return None  # `build_step` adds one if there will be updates to make
         state, hook = inner
         self._hooked = True
         return state, self._updates.after(hook)
 
-    _hooked = False
-
     @hookimpl(wrapper=True)
     def build_step(self, ctx: RunContext, parts: StepParts) -> Generator[None, StepParts, StepParts]:
-        from timetrial_stream_overlap.updates import average, obstacle
+        from timetrial_stream_overlap.updates import BackwardUpdates, average, obstacle
 
         inner = yield
-        updates, ddp = self._updates, _ddp(ctx.distributed_model)
-        if updates is None:
+        updates, ddp = self._updates or BackwardUpdates(ctx.device), _ddp(ctx.distributed_model)
+        if not self.config.optimizer:
             self._without_updates = OFF
         elif ddp is None and ctx.world_size > 1:
             self._without_updates = "no DistributedDataParallel exchanges the gradients"
         elif ddp is None and ctx.device.type == "cpu":
             self._without_updates = "one rank on a CPU has nothing to run them beside"
-        elif ddp is None and ctx.figures.get("gradient_accumulation_steps", 1) > 1:
+        elif ddp is None and inner.micro_batches > 1:
             self._without_updates = "one rank cannot tell the last of several backward passes in a step"
         else:
             self._without_updates = obstacle(ctx.optimizer, parts, inner) or ""
-        if updates is None or self._without_updates:
+        if self._without_updates:
             self._updates = None
             return inner
+        self._updates = updates
         updates.bind(ctx.optimizer)
         if ddp is None:
             updates.watch(int(self._bucket_mib(ctx.model) * MIB))
         elif not self._hooked:
-            ddp.register_comm_hook(None, updates.after(average))
+            ddp.register_comm_hook(ddp.process_group, updates.after(average))
         return replace(inner, update=updates.finish)
-
-    _training = False
 
     @hookimpl(wrapper=True)
     def wrap_step(self, purpose: Literal["train", "infer"]) -> Generator[None, Any, Any]:
@@ -205,7 +221,7 @@ class StreamOverlap(Plugin):
             return Evidence(plugin="stream_overlap", active=False, summary="no training step has run yet")
         self._window.close()
         # Smaller buckets are summed in another order by three ranks or more, and cut compiled graphs elsewhere.
-        other_sums = self.config.gradients and ctx.world_size > 1
+        other_sums = self.config.gradients and _ddp(ctx.distributed_model) is not None
         numerics = None if other_sums else "bitwise"
         return evidence(self._parts(ctx), self._window.steps, self._window.problem, numerics)
 
@@ -223,14 +239,14 @@ class StreamOverlap(Plugin):
     def _input(self, ctx: RunContext, prepared: Hidden, copied: Hidden) -> list[Part]:
         from timetrial_stream_overlap.evidence import Part
 
-        train, evaluation = self._fed["train"], self._fed["eval"]
+        train, evaluation = self._fed["train"], self._fed["evaluate"]
         parts = [Part("input", OFF)]
         if self.config.copies:
             parts = [Part("input", train.words, train.ready > 0, prepared)]
         if ctx.device.type == "cpu":
             parts.append(Part("copies", "a CPU reads batches where they are"))
         elif self.config.copies:
-            parts.append(Part("copies", "from page-locked memory, on a stream of their own", copied.busy > 0, copied))
+            parts.append(Part("copies", "from page-locked memory, on a separate stream", copied.busy > 0, copied))
         if not self.config.evaluation:
             return [*parts, Part("evaluation", OFF)]
         return [*parts, Part("evaluation", evaluation.words, evaluation.ready > 0)]
@@ -239,7 +255,7 @@ class StreamOverlap(Plugin):
         from timetrial_stream_overlap.evidence import Part
 
         ddp = _ddp(ctx.distributed_model)
-        if ctx.world_size == 1:
+        if ddp is None and ctx.world_size == 1:
             return Part("communication", "one rank exchanges nothing")
         if ddp is None:
             return Part("communication", "not by DistributedDataParallel, so left as it is", False, exchanged)

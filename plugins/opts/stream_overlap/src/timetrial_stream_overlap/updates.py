@@ -95,7 +95,7 @@ class BackwardUpdates:
                 parameter.register_post_accumulate_grad_hook(note)
 
     def _update_beside(self, parameters: Sequence[nn.Parameter]) -> None:
-        """On a stream of its own, where there are streams."""
+        """On a separate stream, where there are streams."""
         if self._stream is not None:
             self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream or nullcontext():
@@ -159,10 +159,10 @@ def obstacle(optimizer: torch.optim.Optimizer, core: StepParts, parts: StepParts
     return None
 
 
-def average(state, bucket):  # torch refuses annotations that are strings
-    """The mean over ranks, with the bits of DistributedDataParallel's own, which multiplies before it sums."""
-    buffer = bucket.buffer().mul_(1.0 / dist.get_world_size())
-    return dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
+def average(group, bucket):  # torch refuses annotations that are strings
+    """The mean over a group, with the bits of DistributedDataParallel's own, which multiplies before it sums."""
+    buffer = bucket.buffer().mul_(1.0 / dist.get_world_size(group))
+    return dist.all_reduce(buffer, group=group, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def buckets(parameters: Iterable[nn.Parameter], cap_bytes: int) -> list[list[nn.Parameter]]:

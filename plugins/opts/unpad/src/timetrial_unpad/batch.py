@@ -17,27 +17,19 @@ predictions without a label.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.api.types import Batch
-
-PADDED = frozenset(
-    {"input_ids", "token_type_ids", "attention_mask", "masked_positions", "masked_labels", "next_sentence_labels"}
-)
-"""Keys by which a batch is recognised: plugins do not import each other."""
-
-IGNORED = -100
-"""Label of a prediction that does not exist."""
+from timetrial_bert.seams import IGNORED, PADDED
 
 
 @dataclass
 class Counts:
-    """What went through `unpadded`, training and evaluation together."""
+    """What went through `unpad`, training and evaluation together."""
 
     batches: int = 0
     positions: int = 0
@@ -47,16 +39,7 @@ class Counts:
     predictions: int = 0
     """That the padded rows have room for."""
     predicted: int = 0
-    """Of which there are labels for so many."""
-
-
-def unpadded(item: Any, round_to: int, counts: Counts) -> Any:
-    """A `Batch` or its data without padding, if it is a padded batch of token sequences; anything else as it is."""
-    if isinstance(item, Batch):
-        return replace(item, data=unpadded(item.data, round_to, counts))
-    if not isinstance(item, dict) or not item.keys() >= PADDED:
-        return item
-    return unpad(item, round_to, counts)
+    """Of these, the ones that have a label."""
 
 
 def unpad(data: dict[str, Any], round_to: int = 1, counts: Counts | None = None) -> dict[str, Any]:

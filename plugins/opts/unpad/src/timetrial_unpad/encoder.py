@@ -16,7 +16,7 @@ NAME = "timetrial_unpad"
 
 
 class Encoder:
-    """Component "bert.encoder". An unpadded batch is recognised by its `cu_seqlens`; a padded one goes to `inner`."""
+    """At the seam ENCODER. An unpadded batch is recognised by its `cu_seqlens`; a padded one goes to `inner`."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import dataclasses
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from core.api.config import checked
 from core.api.hooks import hookimpl
-from core.api.types import Evidence, OptSpec, Plugin
+from core.api.seams import Replacement
+from core.api.types import Batch, Evidence, OptSpec, Plugin
+from timetrial_bert.seams import ENCODER
 
 if TYPE_CHECKING:
     from timetrial_unpad.batch import Counts
     from timetrial_unpad.encoder import Encoder
-
-ENCODER = "bert.encoder"
 
 
 @dataclass(kw_only=True)
@@ -29,10 +30,10 @@ class Unpad(Plugin):
     """Takes padding out of every batch, of training and evaluation, before it reaches the device."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="no computation on padding",
         numerics="tolerance",
-        components=frozenset({ENCODER}),
+        replaces=frozenset({ENCODER}),
         conflicts={
             "sequence_packing": "both take out the padding, each in its own layout",
             "grad_accumulation": "it splits a batch along dimension 0, which unpadded tokens share with no example",
@@ -42,26 +43,25 @@ class Unpad(Plugin):
     config: UnpadConfig
 
     _encoder: Encoder | None = None
+    _counts: Counts | None = None
 
-    def __init__(self, config: UnpadConfig) -> None:
-        super().__init__(config)
-        self._counts: Counts | None = None
+    @hookimpl
+    def replace(self) -> list[Replacement[Any]]:
+        return [ENCODER.by(self._make_encoder)]
+
+    def _make_encoder(self, inner: Any) -> Encoder:
+        from timetrial_unpad.encoder import Encoder
+
+        self._encoder = Encoder(inner)
+        return self._encoder
 
     @hookimpl(wrapper=True)
-    def component(self, name: str) -> Generator[None, Any, Any]:
-        inner = yield
-        if name == ENCODER:
-            from timetrial_unpad.encoder import Encoder
+    def transform(self) -> Generator[None, Iterable[Batch], Iterable[Batch]]:
+        from timetrial_unpad.batch import Counts, unpad
 
-            self._encoder = Encoder(inner)
-            return self._encoder
-        return self._feed(inner) if name == "feed" else inner
-
-    def _feed(self, inner: Callable[[Iterable[Any]], Iterator[Any]]) -> Any:
-        from timetrial_unpad.batch import Counts, unpadded
-
-        self._counts = counts = Counts()
-        return lambda items: inner(unpadded(item, self.config.round_to, counts) for item in items)
+        batches = yield
+        counts = self._counts = self._counts or Counts()
+        return (dataclasses.replace(batch, data=unpad(batch.data, self.config.round_to, counts)) for batch in batches)
 
     @hookimpl
     def verify(self) -> Evidence:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.api.errors import UsageError
+from core.api.errors import NotOfferedError
 from core.api.hooks import hookimpl
 from core.api.types import Evidence, OptSpec, Plugin
 
@@ -28,12 +28,13 @@ class ZeroCopyConcat(Plugin):
     """One product for the projections of each attention layer, and one tensor for their input's gradient."""
 
     spec = OptSpec(
-        interface=1,
+        interface=2,
         summary="query, key and value of attention as one product into slices of one buffer",
         numerics="tolerance",
         conflicts={
             "compile": "torch.compile lays out the buffers of its graphs itself",
             "fsdp": "the shards of different parameters cannot lie in one block of memory",
+            "tensor_parallel": "the parts of different parameters cannot lie in one block of memory",
         },
     )
     Config = ZeroCopyConcatConfig
@@ -49,10 +50,8 @@ class ZeroCopyConcat(Plugin):
         self._found = find(model, self.config.siblings)
         if not self._found:
             families = " or ".join(", ".join(names) for names in self.config.siblings)
-            raise UsageError(
-                "opt 'zero_copy_concat' does not apply to this workload: its model has no sibling linear layers named "
-                f"{families}: leave it out"
-            )
+            what = f"opt 'zero_copy_concat': the model of this workload has no sibling linear layers named {families}"
+            raise NotOfferedError(f"{what}; leave it out, or name others in opt.zero_copy_concat.siblings")
         return model
 
     @hookimpl

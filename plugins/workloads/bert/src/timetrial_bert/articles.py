@@ -19,7 +19,7 @@ from timetrial_bert.pairs import Pair, mask, pairs, prediction_count
 from timetrial_bert.text import Document, documents
 
 if TYPE_CHECKING:
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
 
 SEED = 12345
 """Of sentence pairs, static masks and evaluation masks, for every run: the reference's (README.md, "Generate the

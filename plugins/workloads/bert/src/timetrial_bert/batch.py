@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from timetrial_bert.pairs import Example
-
-IGNORED = -100
-"""Label of a prediction that does not exist: the filling of rows that have fewer than P."""
+from timetrial_bert.seams import IGNORED
 
 
 def collate(examples: Sequence[Example], length: int, predictions: int, scale: float) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForPreTraining
 from transformers.initialization import no_init_weights
 
 from core.api.types import Outputs
-from timetrial_bert.batch import IGNORED
+from timetrial_bert.seams import IGNORED
 
 SIZES = {
     "tiny": (2, 128, 2),

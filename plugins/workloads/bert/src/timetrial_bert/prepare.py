@@ -25,8 +25,8 @@ from timetrial_bert.pairs import Example, mask, pairs, prediction_count
 from timetrial_bert.text import documents, files
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
-    from timetrial_bert.plugin import BertConfig
+    from core.api.preparation import Preparation
+    from timetrial_bert.config import BertConfig
 
 Piece = tuple[str, int, int, int]
 """Whole documents of one text: its name, first byte, byte after the last, and number of the first document."""

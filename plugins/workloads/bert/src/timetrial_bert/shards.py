@@ -13,13 +13,13 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from timetrial_bert import wordpiece
 from timetrial_bert.pairs import Example, mask
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
 
 PARTS = ("train", "eval")
 VOCABULARY = "vocab.txt"
@@ -72,16 +72,12 @@ class Shards:
     @cached_property
     def root(self) -> Path:
         given = self.ctx.config.data.root
-        if not given:
-            raise DataError(
-                "data.root must name prepared data: make it with "
-                "`python -m core.prepare workload=bert_mlperf source=TEXT out=FOLDER`"
-            )
+        assert given  # or the plugin's `check` has refused the run
         return Path(given).expanduser()
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; takes the counts from the manifest."""
-        manifest = check_manifest(self.root, "bert_mlperf", self.ctx.rank, self.ctx.world_size)
+        manifest = check_manifest(self.root, "bert_mlperf", self.ctx.data_rank, self.ctx.data_size)
         prepared = manifest["request"]["settings"]
         for name in MUST_AGREE:
             mine = getattr(self.config, name)

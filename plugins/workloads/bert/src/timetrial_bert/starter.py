@@ -31,10 +31,10 @@ SETTINGS = (
     "workload.beta_2=0.999",
     "workload.base_learning_rate=0.002",
     "workload.training_steps=1600",
-    "workload.warmup_steps=50",
+    "workload.lr_warmup_steps=50",
     "workload.global_batch_size=32",
     "workload.max_epochs=3",
-    "workload.eval_every_samples=6400",
+    "workload.eval.every=6400",
 )
 """What differs from `workload=bert` itself."""
 

@@ -10,16 +10,19 @@ import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
 
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.reference import LAMB, parameter_groups
+from core.api.seams import TENSOR_PLAN
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_bert import checkpoints, model
 from timetrial_bert.articles import Articles
-from timetrial_bert.batch import IGNORED, collate
-from timetrial_bert.optim import LAMB, Schedule, parameter_groups
+from timetrial_bert.batch import collate
+from timetrial_bert.schedule import Schedule
+from timetrial_bert.seams import ENCODER, IGNORED, MLM_LOSS, TENSOR_PARALLEL, TENSOR_PARALLEL_DROPOUT
 
 if TYPE_CHECKING:
-    from timetrial_bert.plugin import BertConfig
+    from timetrial_bert.config import BertConfig
     from timetrial_bert.shards import Shards
 
 METRIC = "masked_lm_accuracy"
@@ -36,9 +39,9 @@ class BertWorkload:
             raise UsageError(
                 f"workload.sequence_length={config.sequence_length} needs workload.max_positions at least as large"
             )
-        self.targets = [Target(METRIC, config.target)]
-        every = config.eval_every_samples or closed_cadence(config.global_batch_size)
-        self.eval_cadence = EvalCadence(every=every, first=every, unit="samples")
+        self.targets = [Target(METRIC, config.targets[METRIC])]
+        self.eval_cadence = eval_cadence(config.eval, closed_cadence(config.global_batch_size), "samples")
+        self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -54,7 +57,7 @@ class BertWorkload:
     @cached_property
     def examples(self) -> Articles | Shards:
         """First asked for by `check_data`: synthetic data needs none."""
-        if self.config.data_set == "articles" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "articles" and not self.ctx.config.data.root:
             return Articles(self.config, self.ctx)
         from timetrial_bert.shards import Shards  # imports datasets, for a second
 
@@ -72,7 +75,7 @@ class BertWorkload:
     @cached_property
     def _sampler(self) -> EpochSampler:
         """First asked for when the data set's size is known."""
-        return self._sampler_of(self.ctx.rank, self.ctx.world_size)
+        return self._sampler_of(self.ctx.data_rank, self.ctx.data_size)
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         """In host memory. Each rank knows the global batch, and so its number of predictions, for `mlm_scale`."""
@@ -84,10 +87,10 @@ class BertWorkload:
             data = collate(examples, config.sequence_length, config.max_predictions, scale)
             yield Batch(data, mine.samples, mine.weight)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         """Random tokens, the same number of them on every rank; as many rows of each length as chance has it."""
-        config, size = self.config, self.global_batch_size // self.ctx.world_size
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        config, size = self.config, self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         length, spread = config.sequence_length, min(config.synthetic_fill, 1 - config.synthetic_fill)
         fill = config.synthetic_fill + spread * (2 * torch.rand(size, generator=generator) - 1)
         lengths = (fill * length).round().long().clamp(min(8, length), length)
@@ -109,7 +112,7 @@ class BertWorkload:
             "next_sentence_labels": torch.randint(2, (size,), generator=generator),
             "mlm_scale": torch.full((size,), size / int(counts.sum())),
         }
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
+        yield Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -123,8 +126,9 @@ class BertWorkload:
             attention=config.attn_implementation,
             init_std=config.init_std,
         )
-        encode = self.ctx.component("bert.encoder", model.encode)
-        mlm_loss = self.ctx.component("bert.mlm_loss", model.mlm_loss)
+        encode = self.ctx.offer(ENCODER, model.encode)
+        mlm_loss = self.ctx.offer(MLM_LOSS, model.mlm_loss)
+        self.ctx.offer(TENSOR_PLAN, {**TENSOR_PARALLEL, **(TENSOR_PARALLEL_DROPOUT if config.dropout else {})})
         built = model.PreTraining(network, encode, mlm_loss)
         model.initialise(built, torch.Generator().manual_seed(self.ctx.seed_for("init")))
         if config.init_checkpoint and not self.ctx.synthetic:
@@ -139,9 +143,8 @@ class BertWorkload:
         groups = parameter_groups(model, config.weight_decay)
         betas = (config.beta_1, config.beta_2)
         if config.optimizer == "adamw":
-            for group in groups:
-                group.pop("adapt", None)
             return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=betas, eps=config.epsilon)
+        groups[1]["adapt"] = False  # reference: exclude_from_weight_decay, which LAMB takes for its adaptation, too
         return LAMB(
             groups,
             lr=config.base_learning_rate,
@@ -159,8 +162,8 @@ class BertWorkload:
         config = self.config
         return Schedule(
             base=config.base_learning_rate,
-            warmup_steps=config.warmup_steps,
-            start_warmup_step=config.start_warmup_step,
+            warmup_steps=config.lr_warmup_steps,
+            start_warmup_step=config.lr_warmup_start_step,
             training_steps=config.training_steps,
             power=config.poly_power,
         )
@@ -181,7 +184,7 @@ class BertWorkload:
         for data in self.ctx.feed(self._eval_batches()):
             found = infer(data)
             sums += torch.stack([found[name].double() for name in names])
-        ranks = self.ctx.backend.all_gather(sums.tolist())
+        ranks = self.ctx.gather(sums.tolist())
         total = dict(zip(names, (sum(column) for column in zip(*ranks, strict=True)), strict=True))
         return {
             METRIC: total["correct"] / total["masked"],
@@ -191,9 +194,10 @@ class BertWorkload:
 
     def _eval_batches(self) -> Iterable[dict[str, Tensor]]:
         config = self.config
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
-        for start in range(mine.start, mine.stop, config.eval_batch_size):
-            examples = self.examples.evaluation(range(start, min(start + config.eval_batch_size, mine.stop)))
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
+        size = config.eval.batch_size or config.global_batch_size
+        for start in range(mine.start, mine.stop, size):
+            examples = self.examples.evaluation(range(start, min(start + size, mine.stop)))
             yield collate(examples, config.sequence_length, config.max_predictions, 1.0)
 
     # --------------------------------------------------------------------------------------------- log and checkpoint
@@ -206,9 +210,9 @@ class BertWorkload:
             constants.OPT_BASE_LR: config.base_learning_rate,
             "opt_epsilon": config.epsilon,
             constants.OPT_LR_TRAINING_STEPS: config.training_steps,
-            constants.OPT_LR_WARMUP_STEPS: config.warmup_steps,
-            constants.NUM_WARMUP_STEPS: config.warmup_steps,
-            constants.START_WARMUP_STEP: config.start_warmup_step,
+            constants.OPT_LR_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.NUM_WARMUP_STEPS: config.lr_warmup_steps,
+            constants.START_WARMUP_STEP: config.lr_warmup_start_step,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,
             constants.OPT_LAMB_WEIGHT_DECAY: config.weight_decay,

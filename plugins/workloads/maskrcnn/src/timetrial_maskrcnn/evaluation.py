@@ -18,8 +18,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.nn import functional as F
 
-METRICS = {"bbox": "box_ap", "segm": "mask_ap"}
+from core.api.mesh import Mesh
 
+METRICS = {"bbox": "box_ap", "segm": "mask_ap"}
 
 Masks = Callable[[Tensor, Tensor, int, int], list[dict[str, Any]]]
 """As `masks`."""
@@ -51,7 +52,7 @@ def records(
 
 
 def masks(masks_Dss: Tensor, boxes_D4: Tensor, height: int, width: int) -> list[dict[str, Any]]:
-    """The component "maskrcnn.masks": mask probabilities of D boxes of one image, on the host, as run-length encoded
+    """The default at the seam MASKS: mask probabilities of D boxes of one image, on the host, as run-length encoded
     masks of that image, in the form in which COCO's JSON has them."""
     encoded = (
         rle.encode(np.asfortranarray(paste(mask_ss, tuple(box), height, width)))
@@ -95,12 +96,12 @@ def average_precision(annotations: dict[str, Any], found: list[dict[str, Any]]) 
     return quality
 
 
-def gathered(mine: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    """The detections of all ranks, in order of image: the same on every rank, whatever their number."""
-    if world_size > 1:
-        lists: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+def gathered(mine: list[dict[str, Any]], mesh: Mesh) -> list[dict[str, Any]]:
+    """The detections of all data ranks, in order of image: the same on every rank, whatever their number."""
+    if mesh.world_size > 1:
+        lists: list[list[dict[str, Any]]] = [[] for _ in range(mesh.world_size)]
         torch.distributed.all_gather_object(lists, mine)
-        mine = [record for part in lists for record in part]
+        mine = [record for rank in mesh.speakers for record in lists[rank]]
     return sorted(mine, key=lambda record: record["image_id"])  # stable: an image's own order stays
 
 

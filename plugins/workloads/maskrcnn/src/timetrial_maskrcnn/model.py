@@ -33,7 +33,7 @@ from timetrial_maskrcnn.boxes import decode, encode
 from timetrial_maskrcnn.regions import Parts, clip
 
 if TYPE_CHECKING:
-    from timetrial_maskrcnn.plugin import MaskRCNNConfig
+    from timetrial_maskrcnn.config import MaskRCNNConfig
 
 BETA = 1 / 9
 """Of the smooth L1 loss of region proposals (the reference's RPN)."""

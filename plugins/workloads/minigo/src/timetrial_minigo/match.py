@@ -21,7 +21,7 @@ from pathlib import Path
 
 from core.api.config import checked, validate
 from core.api.errors import UsageError, exit_status
-from core.state.report import print_table
+from core.api.tables import print_table
 from timetrial_minigo.go import BLACK, WHITE, Go, Rules
 from timetrial_minigo.opponent import Game, OpenSpiel, Opponent, Program, gnu_go, play_match
 from timetrial_minigo.sgf import final_board, save_games

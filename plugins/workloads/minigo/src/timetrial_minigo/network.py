@@ -132,7 +132,7 @@ def parameter_groups(model: PolicyValueNet, weight_decay: float) -> list[dict[st
 
 
 def closed_names(blocks: int) -> list[str]:
-    """The tensors as the closed rules spell them (TensorFlow's names in order of creation), for so many blocks."""
+    """The tensors as the closed rules spell them (TensorFlow's names in order of creation), by number of blocks."""
     trunk = 1 + 2 * blocks
 
     def numbered(kind: str, number: int) -> str:
@@ -168,7 +168,7 @@ def read(place: Path) -> PolicyValueNet:
     try:
         tensors = safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
-        raise UsageError(f"{file} is no safetensors file: {error}") from None
+        raise UsageError(f"{file} is not a safetensors file: {error}") from None
     inside = {n.removeprefix(_IN_CHECKPOINT): t for n, t in tensors.items() if n.startswith(_IN_CHECKPOINT)}
     return _rebuilt(inside or tensors, file)
 

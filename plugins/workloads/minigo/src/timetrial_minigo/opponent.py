@@ -1,6 +1,6 @@
 """Opponents that are not ours, and matches against them: many games in lockstep, our moves in one call.
 
-An opponent gives each game a player of its own, seeded from the match's seed and the game's number alone, so a game is
+An opponent gives each game its own player, seeded from the match's seed and the game's number alone, so a game is
 the same whichever rank plays it and whatever games are played beside it. Our engine is the referee: it says which moves
 are legal (positional superko included) and scores by area (Tromp-Taylor).
 """

@@ -1,121 +1,23 @@
-"""The plugin as core sees it: what it is, its configuration, and the hook that builds it. Imports without torch."""
+"""The plugin as core sees it: what it is, and the hook that builds it. Imports without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.api.config import checked
+from core.api.errors import NotOfferedError, UsageError
 from core.api.hooks import hookimpl
-from core.api.types import Plugin, WorkloadSpec
+from core.api.types import Plan, Plugin, WorkloadSpec
+from timetrial_minigo.config import MiniGoConfig, refuse_contradictions
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
     from timetrial_minigo.workload import MiniGoWorkload
 
 
-@dataclass(kw_only=True)
-class MiniGoConfig:
-    """`conf/workload/*.yaml` holds the values of the two options."""
-
-    size: int = checked(at_least=2, at_most=19)
-    """Points on a side of the board."""
-    komi: float = checked(at_least=-400, at_most=400)
-    suicide: bool
-    """Whether a chain of two or more stones may take its own last liberty."""
-    move_limit: int = checked(at_least=1)
-    """A game with so many moves ends, and is scored as it stands."""
-
-    history: int = checked(at_least=1, at_most=8)
-    """Positions that the network sees: the present one and those before it."""
-    width: int = checked(at_least=1)
-    blocks: int = checked(at_least=0)
-    """Channels and residual blocks of the trunk."""
-    policy_channels: int = checked(at_least=1)
-    value_channels: int = checked(at_least=1)
-    value_hidden: int = checked(at_least=1)
-    sync_batch_norm: bool
-    """Normalise over the global batch, so that several ranks compute what one would; else each over its own share."""
-
-    games: int = checked(at_least=1)
-    """Of self-play, in a generation; over all ranks."""
-    parallel_games: int = checked(at_least=1)
-    """Of a rank, played side by side."""
-    selfplay_opening: int = checked(at_least=0)
-    """A game of self-play begins with 1 to so many random stones; 0: with an empty board."""
-    simulations: int = checked(at_least=1)
-    """Descents of the search for each move (readouts)."""
-    method: str = checked(choices=("puct", "gumbel"))
-    c_puct_base: float = checked(above=0)
-    c_puct_init: float = checked(at_least=0)
-    value_init_penalty: float = checked(at_least=0, at_most=2)
-    """puct: a move without visits is worth its position's value less this; 0 is as good as the position, 2 a loss."""
-    noise_alpha: float = checked(above=0)
-    """puct: the parameter of the root's Dirichlet noise is this divided by the number of points."""
-    noise_fraction: float = checked(at_least=0, at_most=1)
-    """puct: share of the noise in the root's priors."""
-    virtual_losses: int = checked(at_least=1)
-    """Leaves of one game that the network sees in one call."""
-    reuse_tree: bool
-    random_symmetry: bool
-    """The search shows the network each position under one of the board's eight symmetries, drawn at random."""
-    soft_moves: int = checked(at_least=0)
-    """So many moves of a game are drawn from the visits to the power of `soft_exponent`; later ones are the best."""
-    soft_exponent: float = checked(above=0)
-    resign_threshold: float = checked(at_least=-1, at_most=0)
-    """A player resigns whose search values the position below this; -1: never."""
-    disable_resign_share: float = checked(at_least=0, at_most=1)
-    """Of games in which nobody resigns."""
-    holdout_share: float = checked(at_least=0, at_most=0.99)
-    """Of games that are not trained on."""
-    train_filter: float = checked(above=0, at_most=1)
-    """Share of a generation's positions that enters the window."""
-
-    window: int = checked(at_least=1)
-    """Recent generations that are trained on."""
-    epoch_examples: int = checked(at_least=1)
-    """Training examples in an epoch, drawn from the window; a multiple of the batch size."""
-    global_batch_size: int = checked(at_least=2)
-    max_epochs: int = checked(at_least=1)
-    """Generations."""
-    learning_rates: list[float]
-    learning_rate_steps: list[int]
-    """The steps at which the next of the learning rates takes over: one fewer than there are rates."""
-    momentum: float = checked(at_least=0, at_most=1)
-    weight_decay: float = checked(at_least=0)
-    """L2 regularisation, of all parameters but biases and shifts."""
-    value_weight: float = checked(at_least=0)
-    """Of the value's squared error, against the policy's cross-entropy."""
-
-    target: float = checked(above=0, at_most=1)
-    """Win rate in evaluation."""
-    eval_every: int = checked(at_least=1)
-    eval_first: int = checked(at_least=1)
-    """Epochs: between two evaluations, and before the first."""
-    opponent: str = checked(choices=("open_spiel", "checkpoint"))
-    """`open_spiel`: its MCTS bot with random rollouts; `checkpoint`: another trained network, with search."""
-    target_checkpoint: str | None
-    """opponent=checkpoint: a run folder of this project, or a safetensors file of the network's parameters."""
-    eval_games: int = checked(at_least=1)
-    eval_opening: int = checked(at_least=0)
-    """As `selfplay_opening`, for evaluation; each opening is played twice, with colours swapped."""
-    eval_simulations: int = checked(at_least=0)
-    """Of our side, and of a checkpoint; 0: the network's first choice is played, without search."""
-    opponent_simulations: int = checked(at_least=2)
-    opponent_rollouts: int = checked(at_least=1)
-    """opponent=open_spiel: simulations for each move, and random games that evaluate a leaf."""
-    uct_c: float = checked(above=0)
-    """opponent=open_spiel: its exploration constant."""
-    save_games: int = checked(at_least=0)
-    """So many games of each evaluation are kept in the run folder, as SGF."""
-
-
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="Go by self-play: 5x5 against open_spiel's MCTS, or 19x19 as in MLPerf's closed rules",
     benchmark="minigo",
-    capture="step",
-    static_shapes=True,
     batch_statistics=True,
 )
 
@@ -126,6 +28,19 @@ class MiniGo(Plugin):
     spec = SPEC
     Config = MiniGoConfig
     config: MiniGoConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        refuse_contradictions(self.config)
+        played = plan.root.data.source != "synthetic"
+        if played and self.config.opponent == "checkpoint" and not self.config.target_checkpoint:
+            what = "workload.target_checkpoint is not set, and workload.opponent=checkpoint plays against it"
+            raise UsageError(f"{what}: give the folder of a finished run of this workload, or a safetensors file")
+        shared = [d.name for d in plan.dimensions if d.name != "data"]
+        if shared:
+            why = "ranks that share a model must call it together, and in games each goes at its own pace"
+            what = f"workload 'minigo' has no place for the mesh dimension {', '.join(shared)}"
+            raise NotOfferedError(f"{what}: {why}; leave out the opt that adds it")
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> MiniGoWorkload:

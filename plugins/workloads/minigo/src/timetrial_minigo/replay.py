@@ -6,7 +6,8 @@ moves (the last is the pass).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,29 +15,7 @@ from torch import Tensor
 
 from timetrial_minigo.features import symmetries
 from timetrial_minigo.go import BLACK, WHITE
-
-
-class Examples(NamedTuple):
-    """Games, one after the other, each as the positions in which a move was made. A position's history is in the rows
-    before it, which takes an eighth of the memory that examples with a history of their own would."""
-
-    stones: Tensor
-    """[T, P] int8."""
-    ply: Tensor
-    """[T] int16: how many moves were made before; black moves first, so it tells who is to play."""
-    outcome: Tensor
-    """[T] int8: 1 where black won the game, -1 where white did, 0 for a draw."""
-    learn: Tensor
-    """[T] bool: whether it is one of the K that are learnt from."""
-    policy: Tensor
-    """[K, A] float16: the policy that the search found."""
-
-    def to(self, device: torch.device) -> Examples:
-        return Examples(*(tensor.to(device) for tensor in self))
-
-    @staticmethod
-    def join(parts: list[Examples]) -> Examples:
-        return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
+from timetrial_minigo.seams import Examples
 
 
 def nothing(points: int) -> Examples:
@@ -47,6 +26,11 @@ def nothing(points: int) -> Examples:
 _DTYPES = {
     "stones": torch.int8, "ply": torch.int16, "outcome": torch.int8, "learn": torch.bool, "policy": torch.float16,
 }  # fmt: skip
+
+
+def join(parts: Iterable[Examples]) -> Examples:
+    """The games of all parts, in order."""
+    return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def exchange(mine: Examples) -> Examples:
@@ -102,7 +86,7 @@ class Window:
             positions, learnt = positions + t, learnt + k
         old = self._examples
         kept = Examples(*(tensor[positions:] for tensor in old[:-1]), old.policy[learnt:])
-        self._set(Examples.join([kept, examples.to(self.device)]))
+        self._set(join([kept, examples.to(self.device)]))
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Which positions an epoch learns from, [count] below `len(self)`, and under which symmetry, [count]: each

@@ -183,7 +183,7 @@ class Search:
             self._simulate(games, seen, slot + at - first, until - at, seen_as)
 
     def _take_slots(self, games_K: Tensor, count: int) -> int:
-        """The first of so many slots that are free in all of the games."""
+        """The first of this number of slots that are free in all of the games."""
         games = games_K.cpu().numpy()
         slot = int(self._used[games].max(initial=1))
         if slot + count > self.settings.room:

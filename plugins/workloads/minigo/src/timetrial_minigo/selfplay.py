@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from timetrial_minigo.go import Go
-from timetrial_minigo.replay import Examples, nothing
+from timetrial_minigo.replay import join, nothing
+from timetrial_minigo.seams import Examples, Playouts, Searched
 from timetrial_minigo.search import Evaluate, Search, SearchSettings, draw_noise
-
-Playouts = Callable[[int, int, int], tuple[Tensor, Tensor]]
-"""`(generation, ply, games) -> (simulations [G] int64, recorded [G] bool)`, on the host: how many simulations the next
-move of each game of the generation gets, and whether its position is one to learn from. Only such a move gets noise."""
 
 BLOCK = 64
 """Games whose noise is drawn together. A rank draws whole blocks, so a large one costs many ranks more than it needs, a
@@ -62,8 +59,7 @@ class SelfPlay:
         self.go, self.settings, self.history = go, settings, history
         self.seed_for, self.after_move = seed_for, after_move
         self.search = Search(go, search, evaluate, settings.parallel_games, history)
-        self.counts = {"searches": 0, "recorded": 0, "simulations": 0}
-        """Of all moves that this rank has searched for so far."""
+        self.counts = Searched(searches=0, recorded=0, simulations=0)
 
     def play(self, generation: int, games: int, mine: range, playouts: Playouts) -> Examples:
         """The games with the numbers `mine`, of the generation's `games`, in their order."""
@@ -72,10 +68,10 @@ class SelfPlay:
         for start in range(mine.start, mine.stop, size):
             numbers = range(start, min(start + size, mine.stop))
             parts.append(_Round(self, generation, games, numbers).play(playouts))
-        return Examples.join(parts)
+        return join(parts)
 
     def count(self, searches: int, recorded: bool, simulations: int) -> None:
-        """Notes searches of so many simulations each."""
+        """Notes searches, with the simulations of each."""
         self.counts["searches"] += searches
         self.counts["recorded"] += searches * recorded
         self.counts["simulations"] += searches * simulations

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from core.api.config import validate
 from core.api.errors import UsageError
-from core.compose.resolve import RunPlan
+from core.api.runs import read_run
 from timetrial_minigo import gating, network
+from timetrial_minigo.config import MiniGoConfig
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose
-from timetrial_minigo.plugin import MiniGoConfig
 from timetrial_minigo.workload import search_settings
 
 
@@ -36,8 +36,8 @@ class Trained:
         return self.config.history
 
     def chooser(self, simulations: int, games: int = 1) -> Callable[[Go], Choose]:
-        """Makes a side for an engine, and up to `games` games at once: the best move by a search of so many
-        simulations, without noise; by 0 of them, the network's first choice."""
+        """Makes a side for an engine, and up to `games` games at once: the best move by a search of `simulations`,
+        without noise; with 0 simulations, the network's first choice."""
         if not simulations:
             return lambda go: gating.first_choice(go, self.model, self.history)
         settings = search_settings(self.config, simulations)
@@ -47,13 +47,11 @@ class Trained:
 def load(run_dir: Path) -> Trained:
     """From the newest checkpoint of a run folder, which is safetensors: nothing in it is executed. UsageError where
     there is none."""
-    path = run_dir / "resolved.yaml"
-    if not path.is_file():
-        raise UsageError(f"{run_dir} is no run folder (it has no resolved.yaml): give the folder of a run of minigo")
-    plan = RunPlan.load(path)
-    if not any(plugin.target == "timetrial_minigo.plugin:MiniGo" for plugin in plan.plugins):
-        raise UsageError(f"{run_dir} is a run of workload '{plan.workload}': give the folder of a run of minigo")
-    config = validate(MiniGoConfig, plan.config["workload"], "workload")
+    run = read_run(run_dir)
+    if run.workload["target"] != "timetrial_minigo.plugin:MiniGo":
+        what = f"{run_dir} is a run of workload '{run.workload['name']}'"
+        raise UsageError(f"{what}: give the folder of a run of minigo")
+    config = validate(MiniGoConfig, run.config["workload"], "workload")
     return Trained(config, network.read(run_dir), f"timetrial {run_dir.resolve().name}")
 
 

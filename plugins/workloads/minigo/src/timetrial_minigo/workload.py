@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.api import faults
-from core.api.data import EpochSampler, eval_share
+from core.api.data import EpochSampler, eval_cadence, eval_share
 from core.api.errors import UsageError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_minigo import features, gating, network, sgf
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.opponent import Choose, Game, OpenSpiel, play_match
-from timetrial_minigo.replay import Examples, Window, exchange
+from timetrial_minigo.replay import Window, exchange
+from timetrial_minigo.seams import FIGURE, GENERATION, PLAYOUTS, Examples
 from timetrial_minigo.search import Evaluate, SearchSettings
 from timetrial_minigo.selfplay import SelfPlay, SelfPlaySettings
 
 if TYPE_CHECKING:
-    from timetrial_minigo.plugin import MiniGoConfig
+    from timetrial_minigo.config import MiniGoConfig
 
 METRIC = "win_rate"
 OURS = "timetrial"
@@ -37,9 +38,9 @@ class MiniGoWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: MiniGoConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        _refuse_contradictions(config)
-        self.targets = [Target(METRIC, config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.targets = [Target(METRIC, config.targets[METRIC])]
+        self.eval_cadence = eval_cadence(config.eval)
+        self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.train_samples, self.eval_samples = config.epoch_examples, config.eval_games
         self.go = Go(Rules(config.size, config.komi, config.suicide), ctx.device)
@@ -50,8 +51,8 @@ class MiniGoWorkload:
         self._sampler = EpochSampler(
             examples=config.epoch_examples,
             global_batch=config.global_batch_size,
-            rank=ctx.rank,
-            world_size=ctx.world_size,
+            rank=ctx.data_rank,
+            world_size=ctx.data_size,
         )
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -61,9 +62,7 @@ class MiniGoWorkload:
         config = self.config
         if config.opponent != "checkpoint":
             return
-        if not config.target_checkpoint:
-            what = "workload.target_checkpoint is not set, and workload.opponent=checkpoint plays against it"
-            raise UsageError(f"{what}: give the folder of a finished run of this workload, or a safetensors file")
+        assert config.target_checkpoint  # `check` refuses a run without
         self._target = network.read(Path(config.target_checkpoint).expanduser()).to(self.ctx.device)
         board = self._target.sizes.board
         if board != config.size:
@@ -81,10 +80,10 @@ class MiniGoWorkload:
             data = {"planes": features.planes(stones, to_play, self.config.size), "policy": policy, "value": value}
             yield Batch(data, share.samples, share.weight)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         """Random stones, policies and outcomes."""
-        config, size = self.config, self.global_batch_size // self.ctx.world_size
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        config, size = self.config, self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         shape = (size, config.history, config.size**2)
         stones = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
         black = torch.ones(size, dtype=torch.int8)
@@ -93,13 +92,13 @@ class MiniGoWorkload:
             "policy": torch.randn(size, self.go.moves, generator=generator).softmax(1),
             "value": torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1,
         }
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, self.global_batch_size)
+        yield Batch({name: t.to(self.ctx.device) for name, t in data.items()}, self.global_batch_size)
 
     # -------------------------------------------------------------------------------------------------- self-play
 
     def play_share(self, generation: int) -> Examples:
         """This rank's share of the games of a generation, by the network as it is now."""
-        mine = eval_share(self.config.games, self.ctx.rank, self.ctx.world_size)
+        mine = eval_share(self.config.games, self.ctx.data_rank, self.ctx.data_size)
         if self._selfplay is None:
             self._selfplay = SelfPlay(
                 self.go, _selfplay_settings(self.config), self.search, self._evaluator(self.ctx.infer),
@@ -109,7 +108,7 @@ class MiniGoWorkload:
         with torch.no_grad():
             played = self._selfplay.play(generation, self.config.games, mine, self.playouts)
         self.ctx.model.train()
-        self.ctx.figures["selfplay"] = dict(self._selfplay.counts)
+        self.ctx.figures[FIGURE] = self._selfplay.counts.copy()
         return played
 
     def all_alike(self, generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +125,10 @@ class MiniGoWorkload:
 
     def build_model(self) -> nn.Module:
         config = self.config
-        self.generation = self.ctx.component("minigo.generation", self.play_share)
-        self.playouts = self.ctx.component("minigo.playouts", self.all_alike)
+        self.generation, self.playouts = self.play_share, self.all_alike
+        if not self.ctx.synthetic:  # on synthetic data nobody plays
+            self.generation = self.ctx.offer(GENERATION, self.play_share)
+            self.playouts = self.ctx.offer(PLAYOUTS, self.all_alike)
         sizes = network.Sizes(
             board=config.size,
             history=config.history,
@@ -137,7 +138,7 @@ class MiniGoWorkload:
             value_channels=config.value_channels,
             value_hidden=config.value_hidden,
         )
-        sync = config.sync_batch_norm and self.ctx.world_size > 1
+        sync = config.sync_batch_norm and self.ctx.data_size > 1
         model = network.PolicyValueNet(sizes, network.batch_norm(sync, self.ctx.device))
         network.initialise(model, torch.Generator().manual_seed(self.ctx.seed_for("init")))
         return model
@@ -147,9 +148,6 @@ class MiniGoWorkload:
 
     def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.config
-        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-            why = "ranks that share a sharded model must call it together, and in games each goes at its own pace"
-            raise UsageError(f"opt 'fsdp' does not apply to workload 'minigo': {why}; leave it out")
         groups = network.parameter_groups(model, config.weight_decay)
         return torch.optim.SGD(groups, lr=config.learning_rates[0], momentum=config.momentum)
 
@@ -173,9 +171,9 @@ class MiniGoWorkload:
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Share of games won, each rank playing its own; a draw counts a half."""
         config = self.config
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
         games = self._play_evaluation(self._evaluator(infer), mine)
-        counts = self.ctx.backend.all_gather([sum(game.won for game in games), float(len(games))])
+        counts = self.ctx.gather([sum(game.won for game in games), float(len(games))])
         if self.ctx.rank == 0 and config.save_games:
             folder = self.ctx.run_dir / "games" / f"generation_{self.window.newest:04d}"
             sgf.save_games(folder, games[: config.save_games], self.go.rules, OURS, self.opponent_name)
@@ -204,7 +202,7 @@ class MiniGoWorkload:
         if not config.eval_simulations:
             return gating.first_choice(self.go, evaluate, history)
         settings = search_settings(config, config.eval_simulations)
-        seed = self.ctx.seed_for("symmetry", side, self.ctx.rank) if config.random_symmetry else None
+        seed = self.ctx.seed_for("symmetry", side, self.ctx.data_rank) if config.random_symmetry else None
         return gating.searching(self.go, evaluate, history, settings, games, seed)
 
     def _open_spiel(self) -> OpenSpiel:
@@ -236,7 +234,7 @@ class MiniGoWorkload:
             "resign_threshold": config.resign_threshold,
             "parallel_games": config.parallel_games,
             "virtual_losses": config.virtual_losses,
-            "gating_win_rate": config.target,
+            "gating_win_rate": config.targets[METRIC],
             "eval_games": config.eval_games,
         }
 
@@ -248,27 +246,6 @@ class MiniGoWorkload:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.window.load_state_dict(state["window"])
-
-
-def _refuse_contradictions(config: MiniGoConfig) -> None:
-    """UsageError for settings that do not go together."""
-    batch = config.global_batch_size
-    if config.epoch_examples % batch:
-        multiple = -(-config.epoch_examples // batch) * batch
-        raise UsageError(f"workload.epoch_examples={config.epoch_examples} is no multiple of the batch: try {multiple}")
-    rates, steps = config.learning_rates, config.learning_rate_steps
-    if len(rates) != len(steps) + 1 or min(rates) <= 0 or list(steps) != sorted(steps):
-        what = f"workload.learning_rates={list(rates)} and workload.learning_rate_steps={list(steps)} do not fit"
-        raise UsageError(f"{what}: give one positive rate more than there are steps, and the steps in order")
-    if max(config.selfplay_opening, config.eval_opening) > config.size**2 // 2:
-        raise UsageError(
-            f"openings of more than {config.size**2 // 2} random stones do not fit on {config.size}x{config.size}"
-        )
-    if config.suicide and config.opponent == "open_spiel":
-        raise UsageError("open_spiel forbids suicide: set workload.suicide=false, or workload.opponent=checkpoint")
-    if config.method == "gumbel" and (config.soft_moves or config.virtual_losses > 1 or config.reuse_tree):
-        what = "workload.method=gumbel draws its moves itself and counts every visit"
-        raise UsageError(f"{what}: set workload.soft_moves=0 workload.virtual_losses=1 workload.reuse_tree=false")
 
 
 def search_settings(config: MiniGoConfig, simulations: int) -> SearchSettings:

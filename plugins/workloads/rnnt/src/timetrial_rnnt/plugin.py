@@ -1,114 +1,29 @@
-"""The plugin as core sees it: what it is, its configuration, and the hooks that build it. Imports without torch."""
+"""The plugin as core sees it: what it is, and the hooks that build it. Imports without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from core.api.config import checked
+from core.api.config import require_root
 from core.api.hooks import hookimpl
 from core.api.types import Plugin, StepParts, WorkloadSpec
+from timetrial_rnnt.config import RnntConfig
 
 if TYPE_CHECKING:
-    from core.api.types import Evaluate, Forward, RunContext
-    from core.prepare import Preparation
+    from core.api.preparation import Preparation
+    from core.api.types import Evaluate, Forward, Plan, Quality, RunContext
     from timetrial_rnnt.workload import RnntWorkload
 
 
-@dataclass(kw_only=True)
-class RnntConfig:
-    """`conf/workload/*.yaml` holds the values of the two options."""
-
-    data_set: str = checked(choices=("digits", "prepared"))
-    """`digits`: digit strings spoken by espeak-ng, or prepared speech where data.root names a folder; `prepared`: what
-    `core.prepare` wrote to data.root."""
-    tokens: str = checked(choices=("letters", "sentencepieces"))
-    """What transcripts are made of; must agree with the preparation. The embedded digits are spelt in letters."""
-    vocab_size: int = checked(at_least=2, at_most=65535)
-    """Tokens, the blank not counted."""
-    sentencepiece_model: str | None
-    """For `core.prepare`: a given model; null trains one of `vocab_size` pieces."""
-    eval_folder: str
-    """For `core.prepare`: the part of LibriSpeech to evaluate on; those that begin with "train" are trained on."""
-    max_duration: float = checked(above=0)
-    """Seconds; for `core.prepare`: longer training utterances are left out, and counted."""
-    buckets: int = checked(at_least=1)
-    """Of utterances, by duration; a batch comes from one of them, mostly."""
-    pad_frames_to: int = checked(at_least=1)
-    """Spliced frames; a batch is padded to a multiple, so that there are few different shapes."""
-    features_by: str = checked(choices=("threads", "device"))
-    """Log-mel features are computed for each utterance by the threads that read it, or for the batch on the device."""
-    synthetic_seconds: float = checked(above=0)
-    synthetic_labels: int = checked(at_least=1)
-    """Of `data=synthetic`: the length of an utterance, and of its transcript."""
-
-    mels: int = checked(at_least=1)
-    splice_frames: int = checked(at_least=1)
-    """Frames of 10 ms that are put end to end, and become one."""
-    trim_silence_db: float | None = checked(at_most=0)
-    """Quieter ends of an utterance are cut off; null: none are."""
-    speed_min: float = checked(above=0)
-    speed_max: float = checked(above=0)
-    """Training utterances are played at a random speed between the two, in hundredths."""
-    freq_masks: int = checked(at_least=0)
-    freq_mask_max: int = checked(at_least=0)
-    """SpecAugment: how many bands are hidden, and at most so many mels each."""
-    time_masks: int = checked(at_least=0)
-    time_mask_max: float = checked(at_least=0, at_most=1)
-    """SpecAugment: how many stretches are hidden, and at most so much of the utterance each."""
-
-    encoder_hidden: int = checked(at_least=1)
-    pre_layers: int = checked(at_least=1)
-    """LSTM layers before the time reduction."""
-    stack_time: int = checked(at_least=1)
-    """The time reduction: spliced frames that become one encoder frame."""
-    post_layers: int = checked(at_least=1)
-    predictor_hidden: int = checked(at_least=1)
-    predictor_layers: int = checked(at_least=1)
-    joint_hidden: int = checked(at_least=1)
-    encoder_dropout: float = checked(at_least=0, at_most=0.9)
-    predictor_dropout: float = checked(at_least=0, at_most=0.9)
-    joint_dropout: float = checked(at_least=0, at_most=0.9)
-    """Two ranks draw other masks than one."""
-    init_scale: float = checked(above=0)
-    """The initial weights and biases of the LSTMs are torch's times this."""
-
-    global_batch_size: int = checked(at_least=1)
-    eval_batch_size: int = checked(at_least=1)
-    """Per rank."""
-    max_epochs: int = checked(at_least=1)
-    target: float = checked(above=0, at_most=1)
-    """Word error rate over the whole evaluation set."""
-    eval_every: int = checked(at_least=1)
-    eval_first: int = checked(at_least=1)
-    """Epochs: between two evaluations, and before the first."""
-    max_symbols: int = checked(at_least=1)
-    max_symbols_per_frame: int = checked(at_least=1)
-    """Limits of decoding: of an utterance, and of one encoder frame."""
-
-    base_learning_rate: float = checked(above=0)
-    min_learning_rate: float = checked(at_least=0)
-    warmup_epochs: float = checked(at_least=0)
-    hold_epochs: float = checked(at_least=0)
-    decay_per_epoch: float = checked(above=0, at_most=1)
-    """After warm-up and hold, the learning rate is multiplied by it in each epoch."""
-    beta_1: float = checked(at_least=0, at_most=0.9999)
-    beta_2: float = checked(at_least=0, at_most=0.99999)
-    epsilon: float = checked(above=0)
-    weight_decay: float = checked(at_least=0)
-    max_grad_norm: float | None = checked(at_least=0)
-    """Gradients are scaled down to this global norm; null or 0: never."""
-    ema: float = checked(at_least=0, at_most=0.99999)
-    """Decay, at each step, of the average of the weights that is evaluated; 0: the weights themselves are."""
-
+NEEDED = "make it with `python -m core.prepare workload=rnnt_mlperf source=LIBRISPEECH out=FOLDER`"
 
 SPEC = WorkloadSpec(
-    interface=1,
+    interface=2,
     summary="RNN-T speech recognition: spoken digits, or LibriSpeech as in MLPerf's closed rules",
     benchmark="rnnt",
-    capture="partial",
-    capture_parts=("encoder",),
+    preparation=frozenset({"eval_folder", "max_duration", "sentencepiece_model", "tokens", "vocab_size"}),
 )
 
 
@@ -118,6 +33,10 @@ class Rnnt(Plugin):
     spec = SPEC
     Config = RnntConfig
     config: RnntConfig
+
+    @hookimpl
+    def check(self, plan: Plan) -> None:
+        require_root(plan.root.data, self.config.embedded_data, NEEDED)
 
     @hookimpl
     def make_workload(self, ctx: RunContext) -> RnntWorkload:
@@ -145,15 +64,15 @@ class Rnnt(Plugin):
             parts.update()
             average.update()
 
-        return StepParts(parts.forward_backward, update)
+        return replace(parts, update=update)
 
-    @hookimpl(wrapper=True, tryfirst=True)  # outermost: an opt may gather sharded weights for the evaluation
+    @hookimpl(wrapper=True)  # the workload is outermost: an opt may gather sharded weights inside
     def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
         """The average is evaluated."""
         evaluate = yield
         average = ctx.workload.average  # pyright: ignore[reportAttributeAccessIssue]
 
-        def evaluate_average(infer: Forward) -> dict[str, float]:
+        def evaluate_average(infer: Forward) -> Quality:
             with average.in_place():
                 return evaluate(infer)
 

@@ -26,8 +26,8 @@ from core.api.errors import DataError
 from timetrial_rnnt.text import LETTERS, SentencePieces, normalise
 
 if TYPE_CHECKING:
-    from core.prepare import Preparation
-    from timetrial_rnnt.plugin import RnntConfig
+    from core.api.preparation import Preparation
+    from timetrial_rnnt.config import RnntConfig
 
 RATE = 16000
 SUFFIXES = (".flac", ".wav")

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.prepare import check_manifest
+from core.api.preparation import check_manifest
 from timetrial_rnnt.prepare import INDEX, MODEL, RATE
 from timetrial_rnnt.text import Letters, SentencePieces, Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 MUST_AGREE = ("tokens", "vocab_size", "max_duration")
 """Settings of the preparation that a run may not change."""
@@ -34,17 +34,13 @@ class PreparedSpeech:
     @cached_property
     def root(self) -> Path:
         given = self.ctx.config.data.root
-        if not given:
-            raise DataError(
-                "data.root must name prepared speech: make it with "
-                f"`python -m core.prepare workload={self._option} source=LIBRISPEECH out=FOLDER`"
-            )
+        assert given  # or the plugin's `check` has refused the run
         return Path(given).expanduser()
 
     @property
     def _option(self) -> str:
         """Of the two, the one whose preparation fits this run."""
-        return "rnnt" if self.config.data_set == "digits" else "rnnt_mlperf"
+        return "rnnt" if self.config.tokens == "letters" else "rnnt_mlperf"
 
     @property
     def tokens(self) -> Tokens:
@@ -53,7 +49,7 @@ class PreparedSpeech:
 
     def check(self) -> None:
         """Files and sums, and that they were prepared with this run's settings; reads the index."""
-        manifest = check_manifest(self.root, self._option, self.ctx.rank, self.ctx.world_size)
+        manifest = check_manifest(self.root, self._option, self.ctx.data_rank, self.ctx.data_size)
         prepared = manifest["request"]["settings"]
         for name in MUST_AGREE:
             mine = getattr(self.config, name)

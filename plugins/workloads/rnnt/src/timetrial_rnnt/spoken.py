@@ -19,15 +19,15 @@ import torchaudio
 from numpy.typing import NDArray
 
 from core.api.errors import DataError
-from core.state.record import sha256
-from core.state.report import Progress
+from core.api.files import sha256
+from core.api.progress import Progress
 from timetrial_rnnt import synthesis
 from timetrial_rnnt.features import RATE
 from timetrial_rnnt.text import Letters, Tokens
 
 if TYPE_CHECKING:
     from core.api.types import RunContext
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 
 class SpokenDigits:

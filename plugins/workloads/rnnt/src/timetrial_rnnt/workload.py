@@ -14,19 +14,22 @@ from mlperf_logging.mllog import constants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from core.api.data import eval_cadence
 from core.api.errors import UsageError
-from core.api.types import Batch, EvalCadence, Forward, Outputs, RunContext, Target, WorkloadSpec
-from timetrial_rnnt import features, model
+from core.api.reference import LAMB
+from core.api.types import Batch, Capture, Forward, Outputs, RunContext, Target, WorkloadSpec
+from timetrial_rnnt import features, layers, model
 from timetrial_rnnt.batch import Corpus, Reader
 from timetrial_rnnt.buckets import BucketSampler
 from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.loss import transducer_loss
-from timetrial_rnnt.optim import LAMB, Schedule
+from timetrial_rnnt.schedule import Schedule
+from timetrial_rnnt.seams import TRANSDUCER_LOSS
 from timetrial_rnnt.spoken import SpokenDigits
 from timetrial_rnnt.text import Letters
 
 if TYPE_CHECKING:
-    from timetrial_rnnt.plugin import RnntConfig
+    from timetrial_rnnt.config import RnntConfig
 
 METRIC = "word_error_rate"
 
@@ -40,8 +43,9 @@ class RnntWorkload:
             raise UsageError(f"workload.speed_min={config.speed_min} is above workload.speed_max={config.speed_max}")
         if config.tokens == "letters" and config.vocab_size != Letters.size:
             raise UsageError(f"workload.tokens=letters needs workload.vocab_size={Letters.size}")
-        self.targets = [Target(METRIC, config.target, higher_is_better=False)]
-        self.eval_cadence = EvalCadence(every=config.eval_every, first=config.eval_first)
+        self.targets = [Target(METRIC, config.targets[METRIC], higher_is_better=False)]
+        self.eval_cadence = eval_cadence(config.eval)
+        self.capture = Capture(parts=("encoder",))
         self.max_epochs, self.global_batch_size = config.max_epochs, config.global_batch_size
         self.corpus = self._corpus()
         self.reader = Reader(config, ctx, self.corpus)
@@ -59,7 +63,7 @@ class RnntWorkload:
         return 0 if self.ctx.synthetic else self.corpus.eval_samples
 
     def _corpus(self) -> Corpus:
-        if self.config.data_set == "digits" and not self.ctx.config.data.root:
+        if self.config.embedded_data == "digits" and not self.ctx.config.data.root:
             return SpokenDigits(self.config, self.ctx)
         from timetrial_rnnt.prepared import PreparedSpeech
 
@@ -76,8 +80,8 @@ class RnntWorkload:
             durations=self.corpus.durations("train"),
             buckets=self.config.buckets,
             global_batch=self.global_batch_size,
-            rank=self.ctx.rank,
-            world_size=self.ctx.world_size,
+            rank=self.ctx.data_rank,
+            world_size=self.ctx.data_size,
         )
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
@@ -86,19 +90,17 @@ class RnntWorkload:
         for share, data in zip(shares, read, strict=True):
             yield Batch(data, share.samples, share.weight)
 
-    def synthetic_batch(self) -> Batch:
-        """Noise of `synthetic_seconds`, and random labels; every utterance is as long as its row."""
-        samples = math.ceil(self.config.synthetic_seconds * features.RATE)
-        return self._noise(self._padded_frames(samples), self.config.synthetic_labels)
-
-    def capture_batches(self) -> Iterator[Batch]:
-        """One for each T that a full batch of training can have: those between the shortest utterance at the highest
-        speed and the longest at the lowest, the longest first. They have one label, which the encoder does not see.
-        On synthetic data there is but one shape."""
+    def example_batches(self) -> Iterator[Batch]:
+        """First noise of `synthetic_seconds` with random labels, in which every utterance is as long as its row. Then
+        one for each T that a full batch of training can have: those between the shortest utterance at the highest speed
+        and the longest at the lowest, the longest first. These have one label, which the encoder does not see."""
+        config = self.config
+        yield self._noise(
+            self._padded_frames(math.ceil(config.synthetic_seconds * features.RATE)), config.synthetic_labels
+        )
         if self.ctx.synthetic:
-            yield self.synthetic_batch()
             return
-        samples, config = np.rint(self.corpus.durations("train") * features.RATE), self.config
+        samples = np.rint(self.corpus.durations("train") * features.RATE)
         longest = features.samples_at(int(samples.max()), round(100 * config.speed_min))
         shortest = features.samples_at(int(samples.min()), round(100 * config.speed_max))
         if config.trim_silence_db is not None:
@@ -115,21 +117,21 @@ class RnntWorkload:
 
     def _noise(self, frames: int, labels: int) -> Batch:
         """A full batch on the device, of utterances with so many spliced frames and labels each."""
-        config, size = self.config, self.global_batch_size // self.ctx.world_size
-        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.rank))
+        config, size = self.config, self.global_batch_size // self.ctx.data_size
+        generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         data = {
             "features": torch.randn(size, frames, config.splice_frames * config.mels, generator=generator),
             "feature_lengths": torch.full((size,), frames),
             "labels": torch.randint(config.vocab_size, (size, labels), generator=generator),
             "label_lengths": torch.full((size,), labels),
         }
-        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.world_size)
+        return Batch({name: t.to(self.ctx.device) for name, t in data.items()}, size * self.ctx.data_size)
 
     # ------------------------------------------------------------------------------------------ model and optimizer
 
     def build_model(self) -> nn.Module:
         config = self.config
-        sizes = model.Sizes(
+        sizes = layers.Sizes(
             features=config.splice_frames * config.mels,
             classes=config.vocab_size + 1,
             encoder_hidden=config.encoder_hidden,
@@ -145,7 +147,7 @@ class RnntWorkload:
         )
         built = model.Transducer(
             sizes,
-            self.ctx.component("rnnt.loss", transducer_loss),
+            self.ctx.offer(TRANSDUCER_LOSS, transducer_loss),
             max_symbols=config.max_symbols,
             max_per_frame=config.max_symbols_per_frame,
         )
@@ -176,7 +178,7 @@ class RnntWorkload:
             base=config.base_learning_rate,
             minimum=config.min_learning_rate,
             steps_per_epoch=1 if self.ctx.synthetic else self._sampler.batches,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.lr_warmup_epochs,
             hold_epochs=config.hold_epochs,
             decay=config.decay_per_epoch,
         )
@@ -192,7 +194,7 @@ class RnntWorkload:
 
     def evaluate(self, infer: Forward) -> dict[str, float]:
         """Corpus word error rate: errors over all words of the evaluation set, both counted as integers."""
-        jobs = self._eval_jobs()[self.ctx.rank :: self.ctx.world_size]
+        jobs = self._eval_jobs()[self.ctx.data_rank :: self.ctx.data_size]
         errors = words = 0
         data = self.ctx.feed(self.reader.evaluation(jobs, self.ctx.seed_for("evaluation")))
         for numbers, utterances in zip(jobs, data, strict=True):
@@ -201,7 +203,7 @@ class RnntWorkload:
             found = jiwer.process_words(said, heard)
             errors += found.substitutions + found.deletions + found.insertions
             words += found.hits + found.substitutions + found.deletions
-        counts = self.ctx.backend.all_gather([float(errors), float(words)])
+        counts = self.ctx.gather([float(errors), float(words)])
         errors, words = (sum(column) for column in zip(*counts, strict=True))
         return {METRIC: errors / words}
 
@@ -214,7 +216,7 @@ class RnntWorkload:
         """The evaluation set in batches of about equal length, the longest first. Ranks take whole ones in turn, so
         what an utterance is computed beside is the same for every number of them."""
         order = np.argsort(-self.corpus.durations("eval"), kind="stable")
-        size = self.config.eval_batch_size
+        size = self.config.eval.batch_size or self.global_batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     # --------------------------------------------------------------------------------------------- log and checkpoint
@@ -229,7 +231,7 @@ class RnntWorkload:
             constants.OPT_LAMB_LR_DECAY_POLY_POWER: config.decay_per_epoch,
             constants.OPT_LAMB_LR_HOLD_EPOCHS: config.hold_epochs,
             constants.OPT_LAMB_LR_MIN: config.min_learning_rate,
-            constants.OPT_LR_WARMUP_EPOCHS: config.warmup_epochs,
+            constants.OPT_LR_WARMUP_EPOCHS: config.lr_warmup_epochs,
             constants.OPT_WEIGHT_DECAY: config.weight_decay,
             constants.OPT_LAMB_BETA_1: config.beta_1,
             constants.OPT_LAMB_BETA_2: config.beta_2,

@@ -1,1 +1,0 @@
-"""timetrial backend `gloo`: ranks on CPUs."""

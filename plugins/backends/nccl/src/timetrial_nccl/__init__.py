@@ -1,1 +1,0 @@
-"""timetrial backend `nccl`: one rank for each NVIDIA GPU."""

@@ -1,0 +1,1 @@
+"""timetrial backends `gloo` and `nccl`: ranks joined by torch.distributed."""

@@ -1,0 +1,1 @@
+"""timetrial opt `ddp`: gradients averaged over data ranks by DistributedDataParallel."""

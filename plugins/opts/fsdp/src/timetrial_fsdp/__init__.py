@@ -1,1 +1,0 @@
-"""timetrial opt `fsdp`: parameters, gradients and optimizer state sharded over ranks."""
