@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.testing.cli import Outcome, environment, run_cli
+from core.testing.cli import Outcome, environment, run_cli, run_ranks
 
 ENDLESS = ("workload=toy", "workload.max_epochs=100000", "workload.targets.accuracy=1", "workload.eval.every=100000")
 """A run that only a signal ends; log_seconds is short so that ranks agree on it soon."""
@@ -269,7 +269,7 @@ def test_resuming_with_another_world_size_is_refused_without_a_flag(tmp_path: Pa
     run_cli(*SHORT, "backend=gloo", run_dir=tmp_path / "run", fault="step@12=term").expect(75)
     two = (*SHORT, "backend=gloo", "launch.nproc=2")
     assert "world size" in run_cli(*two, run_dir=tmp_path / "run").expect(2).stderr
-    resumed = run_cli(*two, "resume_changed=true", run_dir=tmp_path / "run").expect(4)
+    resumed = run_ranks(*two, "resume_changed=true", run_dir=tmp_path / "run").expect(4)
     assert resumed.result["steps"] == 20
     assert resumed.result["scored"] is False
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from core.api.reference import LAMB, LARS, parameter_groups, polynomial_decay
 
+pytestmark = pytest.mark.numbers
+
 RATES = (0.5, 0.25, 0.125)
 
 

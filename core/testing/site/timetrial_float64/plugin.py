@@ -50,10 +50,9 @@ class Float64(Plugin):
 def _in_float64(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Of `(model, data)`, with the floating-point tensors of `data` in float64."""
     import torch
-
-    from core.api.tree import map_tensors
+    from torch.utils._pytree import tree_map_only
 
     def doubled(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    return lambda model, data: function(model, map_tensors(doubled, data))
+    return lambda model, data: function(model, tree_map_only(torch.Tensor, doubled, data))

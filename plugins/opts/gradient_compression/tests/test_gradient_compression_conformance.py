@@ -18,6 +18,7 @@ class TestPowerSgd(OptSuite):
     changes_by = 0.05  # after 10 steps with two of sixteen directions of the gradient sent in each
     rtol = atol = 0.05
 
+    @pytest.mark.numbers
     @pytest.mark.distributed
     def test_two_ranks_give_the_result_of_one(self) -> None:
         alone = cached_run("workload=toy", f"stop.steps={self.steps}").expect(4)  # one rank has nothing to compress

@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_function_that_the_forward_pass_computes(drop
 
 
 def test_on_long_utterances_gradients_are_those_of_float64_where_torchaudios_are_not() -> None:
-    made = example([(150, 30), (120, 25)], width=16, vocabulary=64)
+    made = example([(300, 60), (250, 50)], width=16, vocabulary=64)
     _, exact = with_gradients(LeanLoss(), in_float64(made))
     _, mine = with_gradients(LeanLoss(negligible=1e-9), made)
     _, theirs = with_gradients(torchaudio_loss, made)

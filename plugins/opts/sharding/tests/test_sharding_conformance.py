@@ -13,6 +13,7 @@ class TestFsdp(OptSuite):
     name = "fsdp"
     workload = ("workload=toy", "backend=gloo", "launch.nproc=2")
 
+    @pytest.mark.numbers
     @pytest.mark.distributed
     def test_two_ranks_give_the_result_of_one(self) -> None:
         alone = cached_run("workload=toy", f"stop.steps={self.steps}").expect(4)
@@ -26,6 +27,7 @@ class TestTensorParallel(OptSuite):
     workload = ("workload=toy", "backend=gloo")
     settings = ("launch.nproc=4",)
 
+    @pytest.mark.numbers
     @pytest.mark.distributed
     def test_two_ranks_give_the_result_of_one(self) -> None:
         """All of one tensor group."""

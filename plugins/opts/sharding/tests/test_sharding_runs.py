@@ -29,6 +29,7 @@ def plan(*overrides: str) -> RunPlan:
     return resolve(*compose([*TOY, *overrides], registry), registry)
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 def test_bert_trains_on_a_mesh_of_shards_and_tensor_parts_as_on_one_rank() -> None:
     run = ("workload=bert", "workload.global_batch_size=8", "workload.sequence_length=32", "stop.steps=3")
@@ -48,6 +49,7 @@ def test_bert_trains_on_a_mesh_of_shards_and_tensor_parts_as_on_one_rank() -> No
     assert (state["whole"], state["local"]) == (2 * parameters["whole"], 2 * parameters["local"])  # Adam's two moments
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 def test_a_split_run_is_killed_resumed_and_goes_on_on_one_rank(tmp_path: Path) -> None:
     """The resumed run has the same bits; its checkpoint has the baseline's names and shapes and serves any run."""
@@ -73,6 +75,7 @@ def test_a_split_run_is_killed_resumed_and_goes_on_on_one_rank(tmp_path: Path) -
     assert alone.result["changed"] and not alone.result["scored"]
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 def test_hybrid_sharding_keeps_several_copies_of_the_model() -> None:
     run = (*TOY, "launch.nproc=4", "+opt=fsdp", "opt.fsdp.shard_size=2", f"stop.steps={STEPS}")
@@ -92,6 +95,7 @@ def test_the_warm_up_leaves_no_trace_in_a_split_model() -> None:
     assert warm.evidence["tensor_parallel"]["numerics"] == "changes"  # ranks drop units that one rank would not
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 def test_a_model_with_batch_normalisation_trains_as_without_and_each_rank_holds_half() -> None:
     run = ("workload=resnet", "workload.width=8", "stop.steps=4", "backend=gloo", "launch.nproc=2")

@@ -20,6 +20,8 @@ from timetrial_static_detection.plugin import StaticDetection, StaticDetectionCo
 
 pytestmark = pytest.mark.numbers
 
+pytestmark = pytest.mark.numbers
+
 STEP = Path(__file__).parent.parent / "bench" / "step.py"
 GPU = ("workload=maskrcnn", "backend=single", "backend.device=cuda", "deterministic=false")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

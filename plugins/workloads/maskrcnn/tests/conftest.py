@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.testing.cli import environment
+import core.prepare
+from core.testing.cli import run_program
 
 REPO = Path(__file__).parents[4]
 RULES = Path(mlperf_logging.__file__).parent / "compliance_checker" / "training_1.1.0"
@@ -123,11 +124,11 @@ def realdata() -> Path:
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`prepare(source, *overrides)` runs `core.prepare` into tmp_path / "out"."""
+    """`prepare(source, *overrides)` runs `core.prepare` into tmp_path / "out", in a forked process."""
 
     def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "core.prepare", "workload=maskrcnn_mlperf", f"source={folder}"]
-        more = [f"out={tmp_path / 'out'}", "data.workers=0", *overrides]
-        return subprocess.run([*command, *more], capture_output=True, text=True, env=environment())
+        arguments = ["workload=maskrcnn_mlperf", f"source={folder}", f"out={tmp_path / 'out'}", "data.workers=0"]
+        (done,) = run_program(Path(core.prepare.__file__), *arguments, *overrides, nodes="0")
+        return subprocess.CompletedProcess(arguments, done.code, done.stdout, done.stderr)
 
     return run

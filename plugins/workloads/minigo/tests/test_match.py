@@ -13,7 +13,8 @@ import pytest
 import torch
 from sgfmill import sgf, sgf_moves
 
-from core.testing.cli import environment
+import timetrial_minigo
+from core.testing.cli import Outcome, environment, run_program
 from core.testing.suites import cached_run
 from timetrial_minigo.go import Go, Rules
 from timetrial_minigo.match import standard_error
@@ -34,9 +35,11 @@ def run_dir() -> Path:
     return cached_run(*TINY).expect(4).run_dir
 
 
-def command(module: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", f"timetrial_minigo.{module}", *map(str, arguments)]
-    return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=250, env=environment())
+def command(module: str, *arguments: object) -> Outcome:
+    """`python -m timetrial_minigo.MODULE ARGUMENTS`, in a forked process."""
+    program = Path(timetrial_minigo.__file__).with_name(f"{module}.py")
+    (done,) = run_program(program, *map(str, arguments), nodes="0")
+    return done
 
 
 def records(folder: Path) -> list[sgf.Sgf_game]:
@@ -61,7 +64,9 @@ def ends_by_our_rules(moves: list[int]) -> bool:
 
 def test_the_engine_answers_over_gtp(run_dir: Path) -> None:
     lines = ["1 protocol_version", "2 boardsize 5", "3 genmove black", "4 genmove b", "5 boardsize 9", "", "6 quit"]
-    done = command("gtp", run_dir, "simulations=8", stdin="\n".join(lines) + "\n")
+    engine = [sys.executable, "-m", "timetrial_minigo.gtp", str(run_dir), "simulations=8"]
+    stdin = "\n".join(lines) + "\n"
+    done = subprocess.run(engine, input=stdin, capture_output=True, text=True, timeout=250, env=environment())
     answers = done.stdout.split("\n\n")
     assert done.returncode == 0, done.stderr
     assert answers[:2] == ["=1 2", "=2 "]
@@ -93,7 +98,7 @@ def test_two_of_our_engines_play_a_game_with_each_other(run_dir: Path) -> None:
 def test_a_full_game_against_gnu_go_is_legal_to_the_end_by_both_sides_rules(run_dir: Path, tmp_path: Path) -> None:
     """A third process, of GNU Go, judges the records: it refuses a move that is not legal."""
     done = command("match", run_dir, "games=2", "opponent=gnugo", "level=1", "simulations=4", f"sgf={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    done.expect(0)
     played = records(tmp_path)
     assert len(played) == 2
     for record in played:
@@ -123,7 +128,7 @@ def test_a_match_against_any_gtp_program_is_the_same_twice(run_dir: Path, tmp_pa
     other = shlex.join([sys.executable, "-m", "timetrial_minigo.gtp", str(run_dir), "simulations=0"])
     for folder in ("one", "two"):
         done = command("match", run_dir, "games=2", f"opponent={other}", "simulations=2", f"sgf={tmp_path / folder}")
-        assert done.returncode == 0, done.stderr
+        done.expect(0)
     assert len(records(tmp_path / "one")) == 2
     assert [moves_of(r) for r in records(tmp_path / "one")] == [moves_of(r) for r in records(tmp_path / "two")]
 
@@ -142,7 +147,7 @@ def test_a_match_against_any_gtp_program_is_the_same_twice(run_dir: Path, tmp_pa
 )
 def test_a_mistake_ends_in_one_line(run_dir: Path, module: str, arguments: list[str], problem: str) -> None:
     done = command(module, *(str(run_dir) if word == "RUN" else word for word in arguments))
-    assert done.returncode == 2
+    done.expect(2)
     assert problem in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -150,14 +155,14 @@ def test_a_mistake_ends_in_one_line(run_dir: Path, module: str, arguments: list[
 def test_a_run_of_another_workload_is_refused() -> None:
     toy = cached_run("workload=toy", "stop.steps=1").expect(4).run_dir
     done = command("gtp", toy)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
     assert "is a run of workload 'toy'" in done.stderr
 
 
 def test_a_run_without_a_checkpoint_is_refused(run_dir: Path, tmp_path: Path) -> None:
     shutil.copy(run_dir / "resolved.yaml", tmp_path)
     done = command("gtp", tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
     assert "no trained network" in done.stderr
 
 

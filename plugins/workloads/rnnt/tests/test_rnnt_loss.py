@@ -13,6 +13,8 @@ from timetrial_rnnt.loss import transducer_loss
 
 pytestmark = pytest.mark.numbers
 
+pytestmark = pytest.mark.numbers
+
 SIZES = Sizes(
     features=6, classes=5, encoder_hidden=10, pre_layers=1, stack_time=2, post_layers=1, predictor_hidden=9,
     predictor_layers=1, joint_hidden=8, encoder_dropout=0.0, predictor_dropout=0.0, joint_dropout=0.0,
