@@ -22,17 +22,17 @@ def qualities(outcome: Outcome) -> list[tuple[int, float]]:
 
 
 @pytest.mark.numbers
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
-def test_every_quality_is_the_baselines(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "opts"),
+    [(1, ""), *(pytest.param(2, opts, marks=pytest.mark.distributed) for opts in ("", "fsdp", "tensor_parallel"))],
+)
+def test_every_quality_is_the_baselines(ranks: int, opts: str, tmp_path: Path) -> None:
     arguments = (
-        "workload=toy",
-        "workload.targets.accuracy=1",
-        "stop.epochs=4",
-        "backend=gloo",
-        f"launch.nproc={ranks}",
-    )
-    baseline = run_ranks(*arguments, run_dir=tmp_path / "baseline").expect(4)
-    beside = run_ranks(*arguments, "+opt=async_eval", run_dir=tmp_path / "beside").expect(4)
+        "workload=toy", "workload.targets.accuracy=1", "stop.epochs=4", "backend=gloo", f"launch.nproc={ranks}"
+    )  # fmt: skip
+    baseline = run_ranks(*arguments, f"+opt=[{opts}]", run_dir=tmp_path / "baseline").expect(4)
+    also = ",".join(filter(None, (opts, "async_eval")))
+    beside = run_ranks(*arguments, f"+opt=[{also}]", run_dir=tmp_path / "beside").expect(4)
     assert len(qualities(baseline)) == 4
     assert qualities(beside) == qualities(baseline)
     assert beside.result["parameters_sha256"] == baseline.result["parameters_sha256"]

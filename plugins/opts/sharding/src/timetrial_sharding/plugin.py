@@ -88,14 +88,13 @@ class Fsdp(Plugin):
         return self._layout
 
     @hookimpl(wrapper=True)
-    def wrap_evaluate(self, ctx: RunContext) -> Generator[None, Evaluate, Evaluate]:
-        evaluate = yield
-        if ctx.sidecar:  # there the model is whole
+    def wrap_evaluate(self) -> Generator[None, Evaluate, Evaluate]:
+        evaluate, sharded = (yield), self._sharded
+        if sharded is None:  # in a sidecar, which holds the whole model
             return evaluate
 
         def evaluate_whole(infer: Forward) -> Quality:
-            assert self._sharded is not None
-            with self._sharded.whole():  # ranks may evaluate unequally many batches, and could not gather in each
+            with sharded.whole():  # ranks may evaluate unequally many batches, and could not gather in each
                 return evaluate(infer)
 
         return evaluate_whole
