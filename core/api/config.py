@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from core.api.errors import UsageError, nearest
 
-__all__ = ["EvalConfig", "LaunchConfig", "RunConfig", "checked", "validate"]
+__all__ = ["EvalConfig", "LaunchConfig", "RunConfig", "checked", "require_root", "validate"]
 
 T = TypeVar("T")
 _BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -130,6 +130,7 @@ def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
     for one, other in permutations(sorted(specs), 2):
         if other in specs[one].conflicts:
             raise ConflictError(f"opts '{one}' and '{other}' conflict: {specs[one].conflicts[other]}; leave one out")
+    for one, other in combinations(sorted(specs), 2):  # afterwards: a declared conflict says more
         shared = sorted(specs[one].claims & specs[other].claims)
         if shared:
             raise ConflictError(f"opts '{one}' and '{other}' both claim {', '.join(shared)}; leave one out")
