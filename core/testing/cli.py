@@ -69,13 +69,13 @@ class Outcome:
 _server = ForkServer()
 
 
-def run_ranks(*overrides: str, run_dir: Path, fault: str = "") -> Outcome:
+def run_ranks(*overrides: str, run_dir: Path, fault: str = "", **env: str) -> Outcome:
     """As `run_cli`, but where `launch.nproc` asks for several ranks, they come as from an outer launcher: seconds less.
     The outcome is that of rank 0."""
     asked = [override for override in overrides if override.startswith("launch.nproc=")]
     ranks = int(asked[-1].partition("=")[2]) if asked else 1
     arguments = [*overrides, f"run_dir={run_dir}"]
-    return Outcome(*_server.run(arguments, run_dir.parent, environment(fault), ranks), run_dir)
+    return Outcome(*_server.run(arguments, run_dir.parent, environment(fault, **env), ranks), run_dir)
 
 
 def run_cli(*overrides: str, run_dir: Path, fault: str = "", cwd: Path | None = None, **env: str) -> Outcome:

@@ -20,6 +20,7 @@ from timetrial_torchdist.gloo import probe
 RANKS = Path(__file__).with_name("ranks.py")
 
 
+@pytest.mark.numbers
 def test_two_ranks_agree_on_numbers_and_buffers() -> None:
     for rank in run_program(RANKS, "agree", nodes="00"):
         rank.expect(0)

@@ -17,6 +17,8 @@ from core.testing.suites import cached_run
 from timetrial_activation_checkpointing.blocks import CheckpointedBlock, statistics_kept
 from timetrial_activation_checkpointing.plugin import ActivationCheckpointing, ActivationCheckpointingConfig
 
+pytestmark = pytest.mark.numbers
+
 CPU = torch.device("cpu")
 IMAGES_NCHW = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -21,6 +21,7 @@ def qualities(outcome: Outcome) -> list[tuple[int, float]]:
     return [(line["step"], line["quality"]["accuracy"]) for line in lines if "quality" in line]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("ranks", "opts"),
     [(1, ""), *(pytest.param(2, opts, marks=pytest.mark.distributed) for opts in ("", "fsdp", "tensor_parallel"))],

@@ -13,5 +13,6 @@ class TestAsyncSelfplay(OptSuite):
         "workload.eval.first=4", "workload.eval.every=1", "workload.eval_games=8", "workload.eval_simulations=16",
         "workload.opponent_simulations=2", "workload.targets.win_rate=0.1",
     )  # fmt: skip
+    float64 = True  # the last bit of a float32 can choose another move, and so another game
     changes_by = 0.5
     """Other games give other examples from the second generation on; the loss stays near a new network's."""

@@ -79,7 +79,8 @@ def test_what_other_opts_do_lies_inside_the_graph(backend: tuple[str, ...], opts
 def test_parts_are_captured_for_the_shapes_that_the_workload_names(tmp_path: Path) -> None:
     """An epoch of rnnt. T of a batch is a multiple of 8: first that of its synthetic batch, 56, then those from 96,
     what its longest utterance can have, downwards."""
-    arguments = ("workload=rnnt", "workload.global_batch_size=128", "stop.epochs=1", "backend=single")
+    small = ("workload.encoder_hidden=16", "workload.predictor_hidden=8", "workload.joint_hidden=16")
+    arguments = ("workload=rnnt", *small, "workload.global_batch_size=128", "stop.epochs=1", "backend=single")
     settings = ("+opt=cuda_graphs", "opt.cuda_graphs.max_shapes=7")
     eager = run_cli(*arguments, run_dir=tmp_path / "eager").expect(4)
     graphs = run_on_tape(*arguments, *settings, run_dir=tmp_path / "graphs").expect(4)

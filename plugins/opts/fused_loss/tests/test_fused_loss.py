@@ -14,6 +14,8 @@ from timetrial_fused_loss.loss import ChunkedLoss
 from timetrial_fused_loss.memory import PeakMemory
 from timetrial_fused_loss.plugin import FusedLoss, FusedLossConfig
 
+pytestmark = pytest.mark.numbers
+
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight, bias)

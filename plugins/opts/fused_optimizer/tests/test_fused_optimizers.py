@@ -13,6 +13,8 @@ from core.api.errors import UsageError
 from core.api.reference import LAMB, LARS
 from timetrial_fused_optimizer.optimizers import fuse
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 50
 DECAY = 0.05
 Make = Callable[[nn.Module], torch.optim.Optimizer]

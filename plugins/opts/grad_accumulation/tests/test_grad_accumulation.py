@@ -20,6 +20,8 @@ from core.api.types import Batch, Outputs, StepParts
 from timetrial_grad_accumulation.accumulation import Accumulation, combine, split
 from timetrial_grad_accumulation.plugin import GradAccumulation, GradAccumulationConfig
 
+pytestmark = pytest.mark.numbers
+
 
 def forward_backward(model: nn.Module) -> Any:
     """As core's own: the loss it returns carries the batch's weight."""

@@ -22,6 +22,8 @@ from core.testing.suites import assert_close, cached_run
 from timetrial_gradient_compression.exchange import Bf16, PowerSgd
 from timetrial_gradient_compression.plugin import GradientCompression, GradientCompressionConfig
 
+pytestmark = pytest.mark.numbers
+
 RANKS = Path(__file__).with_name("ranks.py")
 CPU = torch.device("cpu")
 X_NF = torch.randn(16, 12, generator=torch.Generator().manual_seed(3))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from timetrial_lean_transducer import lattice
 
+pytestmark = pytest.mark.numbers
+
 triton = pytest.importorskip("triton")
 
 

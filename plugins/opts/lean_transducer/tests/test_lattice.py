@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from timetrial_lean_transducer.lattice import Cells, all_cells, posteriors
+
+pytestmark = pytest.mark.numbers
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=4)
 """Frames and labels of each utterance."""

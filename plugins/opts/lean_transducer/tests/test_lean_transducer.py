@@ -20,6 +20,8 @@ from core.testing.contexts import hooks_of, lone_context
 from timetrial_lean_transducer.loss import LeanLoss
 from timetrial_lean_transducer.plugin import LeanTransducer, LeanTransducerConfig
 
+pytestmark = pytest.mark.numbers
+
 Example = tuple[nn.Module, Tensor, Tensor, Tensor, Tensor, Tensor]
 """joint, encoded, predicted, labels, encoded_lengths, label_lengths"""
 RTOL = 1e-5

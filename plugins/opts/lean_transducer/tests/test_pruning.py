@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from timetrial_lean_transducer.joint import Settings
 from timetrial_lean_transducer.lattice import all_cells
 from timetrial_lean_transducer.loss import LeanLoss
 from timetrial_lean_transducer.pruning import SimpleJoint, first_places, least_span, prune
+
+pytestmark = pytest.mark.numbers
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=4)
 

@@ -18,6 +18,8 @@ from timetrial_sequence_packing.encoder import Encoder
 from timetrial_sequence_packing.packing import Counts, Rounding, best_fit, narrowest, pack
 from timetrial_sequence_packing.plugin import SequencePacking, SequencePackingConfig
 
+pytestmark = pytest.mark.numbers
+
 LENGTHS = (5, 12, 1, 11, 7, 16, 4)
 WIDTH, PREDICTIONS, VOCABULARY = 16, 3, 50
 CONFIG = SequencePackingConfig(round_rows_to=1, round_length_to=1, round_predictions_to=1)

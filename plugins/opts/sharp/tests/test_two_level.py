@@ -28,6 +28,7 @@ def outputs(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
     return [printed for printed, _ in ended]
 
 
+@pytest.mark.numbers
 def test_it_gives_the_mean_over_all_ranks_whatever_the_length_and_format() -> None:
     for rank in run_program(RANKS, "values", nodes="0101"):
         rank.expect(0)

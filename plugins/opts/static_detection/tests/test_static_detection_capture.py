@@ -18,6 +18,8 @@ from core.testing.contexts import hooks_of, lone_workload
 from core.testing.matrix import installed_opts, spec_of
 from timetrial_static_detection.plugin import StaticDetection, StaticDetectionConfig
 
+pytestmark = pytest.mark.numbers
+
 STEP = Path(__file__).parent.parent / "bench" / "step.py"
 GPU = ("workload=maskrcnn", "backend=single", "backend.device=cuda", "deterministic=false")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

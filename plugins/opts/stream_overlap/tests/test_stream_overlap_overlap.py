@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from timetrial_stream_overlap.overlap import Hidden, difference, hidden, intersection, length, spans, union, unnoticed
 
+pytestmark = pytest.mark.numbers
+
 MAIN, WORKER, STREAM, COPY_STREAM, NCCL_STREAM = 11, 12, 7, 8, 9
 
 some_intervals = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda i: (min(i), max(i))), max_size=8)

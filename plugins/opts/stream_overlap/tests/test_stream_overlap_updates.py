@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from core.api.types import StepParts
 from timetrial_stream_overlap.updates import BackwardUpdates, average, buckets, obstacle
 
+pytestmark = pytest.mark.numbers
+
 CPU = torch.device("cpu")
 STEPS = 4
 SMALL_BUCKET = 300

@@ -17,6 +17,8 @@ from timetrial_unpad.batch import Counts, unpad
 from timetrial_unpad.encoder import Encoder
 from timetrial_unpad.plugin import Unpad, UnpadConfig
 
+pytestmark = pytest.mark.numbers
+
 LENGTHS = (5, 12, 1, 12, 7, 16)
 WIDTH, PREDICTIONS, VOCABULARY = 16, 3, 50
 

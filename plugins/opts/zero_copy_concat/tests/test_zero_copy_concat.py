@@ -17,6 +17,8 @@ from core.testing.contexts import hooks_of
 from timetrial_zero_copy_concat.plugin import ZeroCopyConcat, ZeroCopyConcatConfig
 from timetrial_zero_copy_concat.siblings import bytes_saved, find
 
+pytestmark = pytest.mark.numbers
+
 NAMES = [["query", "key", "value"]]
 ROWS, LENGTH, SIZE, HEADS = 3, 5, 8, 2
 

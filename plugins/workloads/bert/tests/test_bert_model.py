@@ -15,6 +15,8 @@ from timetrial_bert.model import SIZES, gather_rows, mlm_loss, network_config
 from timetrial_bert.seams import IGNORED
 from timetrial_bert.workload import BertWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., BertWorkload]
 
 SMALL = ("size=tiny", "vocab_size=200", "sequence_length=24", "max_positions=24", "global_batch_size=6", "dropout=0")

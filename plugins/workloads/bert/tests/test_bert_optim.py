@@ -9,6 +9,8 @@ import pytest
 from timetrial_bert.schedule import Schedule
 from timetrial_bert.workload import BertWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., BertWorkload]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torchvision import ops
 from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from timetrial_maskrcnn import regions
 from timetrial_maskrcnn.boxes import decode, encode
+
+pytestmark = pytest.mark.numbers
 
 
 def boxes(count: int, seed: int, side: float = 100.0) -> torch.Tensor:

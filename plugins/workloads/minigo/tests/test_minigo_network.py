@@ -13,6 +13,8 @@ from torch import nn
 from core.api.errors import UsageError
 from timetrial_minigo import network
 
+pytestmark = pytest.mark.numbers
+
 CPU = torch.device("cpu")
 SIZES = network.Sizes(
     board=5, history=2, width=8, blocks=2, policy_channels=2, value_channels=1, value_hidden=16

@@ -17,6 +17,8 @@ from timetrial_minigo.features import planes, symmetries
 from timetrial_minigo.go import BLACK, WHITE, Boards, Go, Rules
 from timetrial_minigo.search import Search, SearchSettings, draw_noise
 
+pytestmark = pytest.mark.numbers
+
 HISTORY = 3
 f32 = np.float32
 ZERO = f32(0)

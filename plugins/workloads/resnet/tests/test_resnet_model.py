@@ -15,6 +15,8 @@ from torch import nn
 from timetrial_resnet.model import ResNet
 from timetrial_resnet.workload import ResNetWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., ResNetWorkload]
 
 RULES = Path(mlperf_logging.__file__).parent / "compliance_checker" / "training_1.1.0"

@@ -9,12 +9,15 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.testing.cli import run_program
 from timetrial_resnet.norm import SyncBatchNorm2d
+
+pytestmark = pytest.mark.numbers
 
 CHANNELS, SHARES = 3, (5, 2)
 STEPS = 2

@@ -12,6 +12,8 @@ from core.api.reference import LARS
 from timetrial_resnet.schedule import Schedule
 from timetrial_resnet.workload import ResNetWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., ResNetWorkload]
 
 

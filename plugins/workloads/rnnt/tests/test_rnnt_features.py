@@ -12,6 +12,8 @@ import torchaudio
 from timetrial_rnnt import features
 from timetrial_rnnt.workload import RnntWorkload
 
+pytestmark = pytest.mark.numbers
+
 MakeWorkload = Callable[..., RnntWorkload]
 
 

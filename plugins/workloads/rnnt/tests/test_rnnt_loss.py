@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 import torch
 
 from timetrial_rnnt.layers import Joint, Sizes
 from timetrial_rnnt.loss import transducer_loss
+
+pytestmark = pytest.mark.numbers
 
 SIZES = Sizes(
     features=6, classes=5, encoder_hidden=10, pre_layers=1, stack_time=2, post_layers=1, predictor_hidden=9,

@@ -9,6 +9,8 @@ from torch import nn
 from timetrial_rnnt.ema import AverageWeights
 from timetrial_rnnt.schedule import Schedule
 
+pytestmark = pytest.mark.numbers
+
 
 def test_the_schedule_is_the_references() -> None:
     """common/optimizers.py, lr_policy: its steps and epochs count from 1."""
