@@ -67,6 +67,7 @@ def test_two_exchanges_are_a_conflict_and_another_one_takes_its_place(tmp_path: 
     assert "'ddp' and 'parameter_server' both claim gradient_exchange" in both.stderr
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 @pytest.mark.parametrize("scenario", ["unequal_shares", "other_opts"])
 def test_gradients(scenario: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from core.testing.cli import run_program
 
 
+@pytest.mark.numbers
 @pytest.mark.distributed
 @pytest.mark.parametrize("what", ["everything", pytest.param("compiles", marks=pytest.mark.convergence)])
 def test_four_ranks_split_a_model_and_train_as_one(what: str) -> None:
