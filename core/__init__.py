@@ -1,4 +1,4 @@
-"""timetrial: training workloads raced against the clock. `core` is the small part that every plugin stands on."""
+"""timetrial: training workloads raced against the clock. `core` is the small part that every plugin builds on."""
 
 __version__ = "0.2.0"
 

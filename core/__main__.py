@@ -1,4 +1,4 @@
-"""`timetrial COMMAND ...`, or `python -m core`: the one front door.
+"""`timetrial COMMAND ...`, or `python -m core`: the single entry point.
 
 `run` and `prepare` are core's own; the others come from installed distributions (entry points in the group
 `timetrial.command`). Without a command's name, as in `timetrial workload=bert`, it is `run`.

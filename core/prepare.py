@@ -39,7 +39,7 @@ def prepare(hook: Any, request: dict[str, Any], source: Path, out: Path, config:
     manifest = check_manifest(out, request["workload"]) if (out / MANIFEST).exists() else {}
     difference = _difference(manifest.get("request") or read_json(begun) or request, request)
     if difference:
-        raise UsageError(f"{out} was begun with another {difference}: choose another folder, or remove it")
+        raise UsageError(f"{out} was started with a different {difference}: choose another folder, or remove it")
     if manifest:
         return manifest
     begun.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ def test_it_is_alone_or_has_its_ranks_place_and_reaches_no_other_rank(
         assert answer.value == [[7.0]]
         end(helper)
     else:
-        assert answer.problem == "RuntimeError: a sidecar has no part in exchanges between ranks"
+        assert answer.problem == "RuntimeError: a sidecar cannot take part in exchanges between ranks"
 
 
 def test_one_that_cannot_be_built_says_why_in_one_line_each_time_it_is_asked(serving: Path) -> None:

@@ -5,7 +5,7 @@
 
 Words with `=` are overrides for every run; the others are contenders, each one or more opts. Without contenders: each
 installed opt that this workload and this machine can run, and all that do not conflict together. Every run is the real
-command in a process of its own with one torch thread. Rounds are interleaved, and each contender comes first equally
+command in a separate process with one torch thread. Rounds are interleaved, and each contender comes first equally
 often; ratios are taken within a round and given as median (minimum to maximum). Throughput runs on synthetic data
 unless an override says `data=real`; the first fifth of the steps is not timed. A contender that shows no evidence of
 having been active is an error.

@@ -7,7 +7,7 @@
 The figures mean something only on a machine that is otherwise idle.
 
 Every contender trains the same network on the same batches with the same optimizer (the workload `toy`, three sizes),
-in a process of its own with one torch thread. Rounds are interleaved; differences and ratios are taken within a round.
+in a separate process with one torch thread. Rounds are interleaved; differences and ratios are taken within a round.
 The core runs by its own command line with its normal logging and progress on, the others with theirs off. A contender
 whose final parameters do not have the bare loop's bits is an error, unless its framework changes them (column `bits`).
 The core leaves Python's collector off until its clock starts, the others do as Python does: torch's import makes many
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Size of the network for a bare step of about so many milliseconds on one thread, and how many steps to take.
+# Size of the network for a bare step of about this many milliseconds on one thread, and how many steps to take.
 SIZES = {
     "1 ms": {"features": 256, "hidden": 640, "steps": 2000},
     "10 ms": {"features": 1024, "hidden": 1792, "steps": 200},
@@ -51,7 +51,7 @@ def settle_after(steps: int) -> int:
     return steps // 5
 
 
-# ------------------------------------------------------------------- one contender, in a process of its own
+# ------------------------------------------------------------------- one contender, in a separate process
 
 
 def seed_for(*names: object) -> int:

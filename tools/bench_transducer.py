@@ -6,7 +6,7 @@ torchaudio's on all logits.
     uv run python tools/bench_transducer.py --device cuda
     uv run python tools/bench_transducer.py --shapes 8x200x40x1024 --errors      how near float32 comes to float64
 
-A shape is utterances x frames x labels x vocabulary. Every contender is a process of its own with one torch thread,
+A shape is utterances x frames x labels x vocabulary. Every contender is a separate process with one torch thread,
 which runs forward and backward pass (down to the gradients of the encoder's and the prediction network's output, and of
 the joint's weight and bias) once a round, when it is its turn; ratios are taken within a round. Figures are medians
 (minimum to maximum). Weights and inputs are random, so that the alignment is as unsure as it can be: the share of the
@@ -48,7 +48,7 @@ SMALL = (2, 5, 3, 32)
 MIB = 2**20
 
 
-# ------------------------------------------------------------------- one contender, in a process of its own
+# ------------------------------------------------------------------- one contender, in a separate process
 
 
 def make_loss(contender: str) -> tuple[Callable[..., Any], Callable[[], float | None]]:
@@ -69,7 +69,7 @@ def make_loss(contender: str) -> tuple[Callable[..., Any], Callable[[], float | 
 
 
 def example(contender: str, shape: tuple[int, ...], arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """Joint network, encoded, predicted, labels and both lengths; ragged lengths lie between half and full."""
+    """Joint network, encoded, predicted, labels and both lengths; ragged lengths are between half and full."""
     import torch
     from torch import nn
 

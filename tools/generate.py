@@ -7,7 +7,7 @@
 - README.md: the tables of workloads, backends, opts, trackers and commands;
 - plugins/opts/MATRIX.md: the composition matrix, from tests/matrix.json.
 
-In pyproject.toml and README.md only what lies between `generated: NAME` and `end of generated` is touched.
+In pyproject.toml and README.md only what is between `generated: NAME` and `end of generated` is touched.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ CORRECTNESS = {
     "rnnt": ("workload=rnnt", "data=synthetic"),
     # torchvision's fast kernels for the backward pass of RoIAlign add up in an order of their own on a GPU.
     "maskrcnn": ("workload=maskrcnn", "data=synthetic", "deterministic=false"),
-    # Games of its own, for the opts that act on them; not evaluated, since open_spiel may be missing.
+    # A run with games, for the opts that act on them; not evaluated, since open_spiel may be missing.
     "minigo": (
         "workload=minigo",
         "workload.games=64",
@@ -190,7 +190,7 @@ class Run:
 
 
 RUN_LIMIT, CUT_OFF = 150.0, 124
-"""Seconds after which a run counts as hanging, compilation included; the exit status that stands for it."""
+"""Seconds after which a run counts as hanging, compilation included; the exit status that means it."""
 
 _ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
 
@@ -627,7 +627,7 @@ def _cell(value: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheels", type=Path, help="folder of wheels for what the machine lacks")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages the machine lacks")
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone; implied where there is none")
     parser.add_argument("--seconds", type=float, default=450.0, help="time for all sections together")
     parser.add_argument("--only", help="sections to run, separated by commas")

@@ -28,7 +28,7 @@ class Batch:
 Outputs = dict[str, "Tensor"]
 Forward = Callable[[Any], Any]  # inference: `batch.data -> pytree of tensors`, on the device, without gradient
 Pending = Callable[[bool], dict[str, float] | None]
-"""An evaluation that goes on beside the training: `pending(wait)` gives the quality, or None while it is not known and
+"""An evaluation that runs beside the training: `pending(wait)` gives the quality, or None while it is not known and
 not to be waited for. Every rank asks after the same step and is given the same answer."""
 Quality = dict[str, float] | Pending
 """What an evaluation of the whole evaluation set gives: its value by metric, at once or later."""
@@ -92,5 +92,5 @@ class Position:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs begun, or finished where none is under way."""
+        """Epochs started, or finished where none is in progress."""
         return self.epoch - (self.batch == 0)

@@ -44,7 +44,7 @@ class EpochSampler:
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
-            uneven = f"the global batch size {self.global_batch} does not divide by {self.world_size} ranks"
+            uneven = f"the global batch size {self.global_batch} is not divisible by {self.world_size} ranks"
             raise DataError(f"{uneven}: choose a multiple of {self.world_size}")
         if self.examples < self.global_batch:
             few = f"the training set has {self.examples} examples, fewer than one global batch of {self.global_batch}"

@@ -70,7 +70,7 @@ class ConflictError(UsageError, kind="conflict", exit_code=2):
 
 
 class NotOfferedError(UsageError, kind="not_offered", exit_code=2):
-    """An opt that this workload has nothing for: a seam, a kind of layer or a captured part is missing."""
+    """This workload lacks what the opt acts on: a seam, a kind of layer or a captured part."""
 
 
 class NotHereError(UsageError, kind="not_here", exit_code=2):

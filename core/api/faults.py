@@ -1,4 +1,4 @@
-"""Faults on purpose, at named points, deterministically: how the tests show what a run survives.
+"""Deliberate faults at named points, deterministically: with these the tests show what a run survives.
 
     TIMETRIAL_FAULT="checkpoint.commit@20=kill"     at step 20, between writing a checkpoint and committing it
     TIMETRIAL_FAULT="step@7=nan:1"                  makes the loss of step 7 NaN, on rank 1 only

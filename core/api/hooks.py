@@ -1,6 +1,6 @@
 """Every hook that a plugin may implement, in the order in which a run calls them.
 
-Mark an implementation with `hookimpl`. An *onion* hook is implemented as a wrapper around what lies inside it:
+Mark an implementation with `hookimpl`. An *onion* hook is implemented as a wrapper around what is inside it:
 
     @hookimpl(wrapper=True)
     def prepare_model(self, ctx, model):
@@ -55,7 +55,7 @@ COLLECTED = frozenset({
 
 
 class Hooks:
-    """Every hook. Kinds of plugin that usually implement one stand in brackets."""
+    """Every hook. The kinds of plugin that usually implement one are given in brackets."""
 
     # ------------------------------------------------------------- before a process starts, in processes without torch
 
@@ -81,7 +81,7 @@ class Hooks:
         """[workload, opt] The workload; reads no data yet."""
 
     def replace(self, ctx: RunContext) -> list[Replacement[Any]]:
-        """[opt] What it makes of the seams that its spec `replaces`: see `core.api.seams`."""
+        """[opt] Its replacements for the seams that its spec `replaces`: see `core.api.seams`."""
 
     def prepare_model(self, ctx: RunContext, model: nn.Module) -> nn.Module:
         """[opt, onion] The model on its device, before distribution: memory format, compilation."""
@@ -94,7 +94,7 @@ class Hooks:
         """[core innermost, opt, onion] The optimizer of the bare `model`."""
 
     def lay_out(self, ctx: RunContext, layout: Layout) -> Layout:
-        """[opt, onion] How the state of model and optimizer lies on the ranks, from an opt that splits them."""
+        """[opt, onion] How the state of model and optimizer is laid out over ranks, from an opt that splits them."""
 
     def build_step(self, ctx: RunContext, parts: StepParts) -> StepParts:
         """[opt, onion] The halves of a step: accumulation wraps the first, optimizer-in-backward empties the second."""

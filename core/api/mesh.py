@@ -1,4 +1,4 @@
-"""The named mesh: where a rank stands among all ranks. Imports without torch.
+"""The named mesh: the place of a rank among all ranks. Imports without torch.
 
 An opt adds a *dimension* with a name and a size; what the others leave over is the dimension "data". Ranks are numbered
 with the nearest dimension innermost, so that neighbours in it, which exchange the most, are on one node: of 4 ranks as

@@ -44,7 +44,7 @@ class Preparation:
         self.bad[name] = reason
         print(f"timetrial: {name}: {reason}", file=sys.stderr, flush=True)
         if len(self.bad) > self.config.data.max_bad:
-            raise DataError(f"{name}: {reason}; repair it, or set data.max_bad={len(self.bad)} to pass over it")
+            raise DataError(f"{name}: {reason}; repair it, or set data.max_bad={len(self.bad)} to skip it")
 
     def map(self, label: str, function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """For each job `(file name, arguments)`, `function(path, *arguments)` writes the file `path` in some process

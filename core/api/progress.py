@@ -1,4 +1,4 @@
-"""A line on stderr while something goes on. Imports without torch."""
+"""A progress line on stderr. Imports without torch."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            # No refresh thread: it would take the interpreter from the training loop at times of its own choosing.
+            # No refresh thread: it would interrupt the training loop at arbitrary times.
             self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self._live.start()
 

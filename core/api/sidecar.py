@@ -35,7 +35,7 @@ class Reply:
 
 
 class Sidecar:
-    """The rank's end. The process starts when this is made, and builds its model while the rank goes on."""
+    """The rank's end. The process starts when this is made, and builds its model while the rank continues."""
 
     def __init__(self, process: BaseProcess, pipe: Connection) -> None:
         self._pipe = pipe

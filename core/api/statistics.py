@@ -70,7 +70,7 @@ def rotated(contenders: Sequence[T], number: int) -> list[T]:
 
 @contextmanager
 def processes(commands: Mapping[str, Sequence[str]]) -> Generator[dict[str, Callable[[], Any]], None, None]:
-    """Contenders for `race` that are processes of their own, with one thread each: a call writes a line to the stdin of
+    """Contenders for `race` that are separate processes, with one thread each: a call writes a line to the stdin of
     that command, and returns the line of JSON that it prints in answer. They are killed at the end.
 
     TimetrialError where a process ends instead of answering.
@@ -81,7 +81,7 @@ def processes(commands: Mapping[str, Sequence[str]]) -> Generator[dict[str, Call
     def answer(name: str) -> Any:
         process = started[name]
         assert process.stdin and process.stdout
-        with suppress(BrokenPipeError):  # then there is no answer, either
+        with suppress(BrokenPipeError):  # the answer will then be missing, too
             process.stdin.write(b"\n")
         line = process.stdout.readline()
         if not line:

@@ -7,7 +7,7 @@ __all__ = ["print_table"]
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], width: int) -> None:
-    """A table on stdout, `width` characters wide where that is no terminal."""
+    """A table on stdout, `width` characters wide where that is not a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

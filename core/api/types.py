@@ -88,7 +88,7 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSpec:
-    """What every plugin says about itself; all that a tracker, a launcher or a command says."""
+    """What every plugin declares about itself; trackers, launchers and commands declare only this."""
 
     interface: int  # the version of the interface it was built for (`core.INTERFACE`)
     summary: str  # one line for `timetrial plugins` and the README's table
@@ -111,7 +111,7 @@ class OptSpec(PluginSpec):
     """Against the baseline: same bits, same within float tolerance, or different (quality must still hold)."""
     conflicts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names of opts it cannot run with, each with the reason."""
-    wraps: frozenset[str] = frozenset()  # names of opts that must lie inside this one, where both are chosen
+    wraps: frozenset[str] = frozenset()  # names of opts that must be inside this one, where both are chosen
     claims: frozenset[str] = frozenset()
     """Exclusive roles: two opts that claim the same one conflict. "gradient_exchange": it averages the gradients of the
     data ranks; "gradient_exchange.hook": it decides how DistributedDataParallel exchanges a bucket."""
@@ -124,8 +124,8 @@ class WorkloadSpec(PluginSpec):
     benchmark: str
     """Name in MLPerf Training v1.1, for the log: resnet, bert, rnnt, maskrcnn, minigo, ssd, dlrm, unet3d."""
     preparation: frozenset[str] = frozenset()
-    """Keys of its configuration that `core.prepare` depends on. Files that were prepared with the same values of these
-    serve, whatever the other keys are."""
+    """Keys of its configuration that `core.prepare` depends on. Files prepared with the same values of these stay
+    usable, whatever the other keys are."""
     batch_statistics: bool = False
     """Whether the loss of an example depends on its neighbours in the (micro-)batch, as with batch normalisation."""
 
@@ -151,8 +151,9 @@ class Backend(Protocol):
 
 
 class Layout(Protocol):
-    """How the state of the model lies on the ranks. Core's own is for a model that each rank holds whole; an opt that
-    splits parameters wraps it in the hook `lay_out`. All ranks call each method together, except `local_parameters`.
+    """How the state of the model is laid out over the ranks. Core's own is for a model that each rank holds whole; an
+    opt that splits parameters wraps it in the hook `lay_out`. All ranks call each method together, except
+    `local_parameters`.
 
     *Whole* states are what a single rank without any opt would have: tensors of full size under the workload's names,
     and the optimizer's state by the number that a parameter has in the whole model.
@@ -177,7 +178,7 @@ class Layout(Protocol):
 class Workload(Protocol):
     """What a workload plugin returns from `make_workload`. Every random draw must come from `ctx.seed_for(...)`.
 
-    It sees data ranks alone: `ctx.data_rank`, `ctx.data_size` and `ctx.gather`.
+    It sees only data ranks: `ctx.data_rank`, `ctx.data_size` and `ctx.gather`.
     """
 
     spec: WorkloadSpec
@@ -208,9 +209,10 @@ class Workload(Protocol):
         same as when the epoch is read from its start. Every rank yields equally many. Another thread may iterate."""
 
     def example_batches(self) -> Iterable[Batch]:
-        """A batch of random data for each shape that matters, the most wanted first; each is made when it is asked for
-        and touches no file. The first is a full batch: synthetic runs train on it and the warm-up uses it. Where there
-        is only one, every full batch of training has its shape; a captured part may be all that later ones fit."""
+        """A batch of random data for each shape that matters, the most important first; each is made when it is asked
+        for and touches no file. The first is a full batch: synthetic runs train on it and the warm-up uses it. Where
+        there is only one, every full batch of training has its shape; a captured part may be all that later ones
+        fit."""
 
     def loss(self, model: nn.Module, data: Any) -> Outputs:
         """At least "loss": the mean over the local examples, a scalar with gradient."""
@@ -354,7 +356,7 @@ class RunContext:
     """The evaluation of the model as it is now, as the opts made it."""
     offers: Callable[[Seam[Any], Any], Any] = field(init=False)
     to_device: Callable[[Iterable[Batch], Purpose], Iterator[Batch]] = field(init=False)
-    """The road of every batch: through the opts' transforms and the feed, one after the other and in order."""
+    """The path of every batch: through the opts' transforms and the feed, one after the other and in order."""
     start_sidecar: Callable[..., Sidecar] = field(init=False)
     """`start_sidecar(name, serve, device, threads, alone=True)`: see `core.api.sidecar`."""
     figures: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -38,7 +38,7 @@ def compose(overrides: list[str], registry: Registry) -> tuple[Any, Any]:
 
 
 def refuse_twice(overrides: Iterable[str]) -> None:
-    """UsageError where one list names an option twice, which Hydra takes as if it stood there once."""
+    """UsageError where one list names an option twice, which Hydra treats as if it were there once."""
     for group in ("opt", "tracker"):
         lists = (o for o in overrides if o.lstrip("+").startswith(f"{group}="))
         names = [name for text in lists for name in re.findall(r"\w+", text)[1:]]

@@ -1,6 +1,6 @@
 """Installed plugins, from package metadata alone: nothing is imported until a plugin is chosen.
 
-A plugin is an entry point in the group `timetrial.<kind>`; its name is the name of the configuration option, which lies
+A plugin is an entry point in the group `timetrial.<kind>`; its name is the name of the configuration option, which is
 in the plugin's package as `conf/<group>/<name>.yaml`. The group is the kind, but "launch" for launchers; commands have
 none. Several options may share one plugin class.
 """

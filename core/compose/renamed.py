@@ -1,4 +1,4 @@
-"""Old names of configuration keys: whoever uses one is told the new one, for one release.
+"""Old names of configuration keys: for one release, the error for an old name gives the new one.
 
 A `Config` lists its own in `RENAMED`. `core.api.config.validate` meets an old key that a file holds or that was added
 with `+`; others are refused before, by Hydra, which knows no schema. Here such a key is looked for in the overrides.

@@ -64,7 +64,7 @@ def resolve(config: DictConfig, choices: Mapping[str, Any], registry: Registry) 
 
 
 def _ranks(launcher: Installed, root: RunConfig) -> Ranks:
-    """How many processes there are: an outer launcher, such as torchrun, says so; else the chosen one."""
+    """How many processes there are: from an outer launcher, such as torchrun, or else from the chosen one."""
     cls = launcher.load()
     if not issubclass(cls, Launcher):
         raise PluginError(f"{launcher.who}: {launcher.target} is not a subclass of core.api.types.Launcher")
@@ -139,7 +139,7 @@ def _nesting(specs: Mapping[str, OptSpec]) -> list[str]:
         return list(graphlib.TopologicalSorter(inside).static_order())
     except graphlib.CycleError as error:
         circle = " -> ".join(error.args[1])
-        raise PluginError(f"opts that each want to wrap the other: {circle}; leave one out") from None
+        raise PluginError(f"opts each declare that they wrap the other: {circle}; leave one out") from None
 
 
 def _backend(name: str, registry: Registry, ranks: int) -> tuple[Installed, Devices]:
@@ -155,7 +155,7 @@ def _backend(name: str, registry: Registry, ranks: int) -> tuple[Installed, Devi
                 few = f"backend={name} can serve {devices.count} of {ranks} ranks here"
                 raise NotHereError(f"{few}: use launch.nproc={devices.count} or another backend")
             able.append((spec.preference, backend, devices))
-        except UsageError:  # `auto` passes over one that is broken or cannot run here
+        except UsageError:  # `auto` skips one that is broken or cannot run here
             if name != "auto":
                 raise
     if not able:

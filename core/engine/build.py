@@ -136,7 +136,7 @@ def build_for_inference(ctx: RunContext, plan: RunPlan) -> None:
 
 
 def batches(ctx: RunContext, epoch: int, first_batch: int) -> Iterator[Batch]:
-    """The rest of an epoch, on the device: the one road of a batch."""
+    """The rest of an epoch, on the device: the one path of a batch."""
     workload = ctx.workload
     synthetic = itertools.repeat(_first_example(ctx)) if ctx.synthetic else None
     return ctx.to_device(synthetic or workload.batches(epoch, first_batch), "train")

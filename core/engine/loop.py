@@ -1,4 +1,4 @@
-"""The one timed loop. Read this page first: everything else builds what it is given, or writes down what it did.
+"""The one timed loop. Read this file first: everything else builds its arguments or records its results.
 
 A run is a sequence of *blocks*: train until the next evaluation is due, evaluate, stop if the target is met. The clock
 (v1.1 rules, section 7.4) runs from the first touch of the data to the detection of the target and never pauses.
@@ -27,7 +27,7 @@ def train(
     losses = watch.losses  # on the device: reading one would make the host wait for the step
 
     def meets_target(evaluate: Callable[[], Quality]) -> bool:
-        """Ends the block and evaluates. While an evaluation goes on beside the training, each look asks for it."""
+        """Ends the block and evaluates. While an evaluation runs beside the training, each look polls it."""
         if watch.settle():
             return True
         watch.close_block()

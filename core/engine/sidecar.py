@@ -64,7 +64,7 @@ class _Apart:
 
     def all_gather(self, values: list[float]) -> list[list[float]]:
         if self.world_size > 1:
-            raise RuntimeError("a sidecar has no part in exchanges between ranks")
+            raise RuntimeError("a sidecar cannot take part in exchanges between ranks")
         return [[float(value) for value in values]]
 
     def broadcast(self, value: Any) -> Any:

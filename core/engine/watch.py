@@ -22,7 +22,7 @@ from core.api.types import Position, Quality, RunContext
 from core.state.record import Metrics
 from core.state.report import quality_text
 
-_MAX_INTERVAL = 10_000  # most steps between two looks: so many losses are kept on the device in between
+_MAX_INTERVAL = 10_000  # maximum steps between two looks; that many losses are kept on the device
 _SAVED = ("quality", "evaluated_step", "next_eval", "block_epoch", "block_epochs", "train_seconds", "started_at")
 """What a checkpoint holds of a watch, besides its position and its clock."""
 
@@ -43,7 +43,7 @@ class Signals:
             os._exit(EXIT_CODES["failed"])
         self.requested = True
         if self.watch is None:
-            raise StoppedError("stopped before training began; the same command starts it again")
+            raise StoppedError("stopped before training began; run the same command to start it again")
         if self.watch.ctx.world_size == 1:  # it looks after this very step; several ranks do so when they are due
             self.watch.due = 0
 
@@ -58,7 +58,7 @@ class Watch:
         self.position, self.progress = ctx.position, Progress(ctx.rank == 0)
         self.due = 1
         # The losses since the last look, which came after step `looked`. In one buffer, since keeping each step's own
-        # scalar leaves holes in the heap: the next step's large tensors then lie in cold memory (50 us of 1 ms).
+        # scalar leaves holes in the heap: the next step's large tensors then are in cold memory (50 us of 1 ms).
         self.losses, self.looked = torch.zeros(_MAX_INTERVAL, device=ctx.device), 0
         self._by_samples = ctx.workload.eval_cadence.unit == "samples"
         self.next_eval = ctx.workload.eval_cadence.next_after(0)  # in the cadence's unit: samples, or finished epochs
@@ -129,13 +129,13 @@ class Watch:
         return self._done >= self.next_eval
 
     def judge(self, outcome: Quality) -> bool:
-        """Takes an evaluation of the model as it is now. Returns whether it is known to have met every target."""
+        """Receives an evaluation of the model as it is now. Returns whether it is known to have met every target."""
         self.evaluated_step, self.next_eval = self.position.step, self.ctx.workload.eval_cadence.next_after(self._done)
         self._under_way = outcome, replace(self.position), self._done
         return self.settle(wait=False)
 
     def settle(self, wait: bool = True) -> bool:
-        """Writes down the evaluation under way, if there is one and its quality is known; `wait` makes sure of that.
+        """Records the evaluation in progress, if there is one and its quality is known; `wait` makes sure of that.
         Returns whether it met every target. DivergedError where the quality is not finite."""
         if self._under_way is None:
             return False
@@ -200,7 +200,7 @@ class Watch:
         for index, share in np.argwhere(~np.isfinite(losses)).tolist():
             step, rank = self.looked + index + 1, speakers[share]
             what = f"the loss of step {step} is {losses[index, share]} on rank {rank}"
-            raise DivergedError(f"{what}: lower the learning rate, or look at its input", rank=rank, step=step)
+            raise DivergedError(f"{what}: lower the learning rate, or check its input", rank=rank, step=step)
         # Losses carry their batch's weight, so their mean over data ranks is the mean over the global batch.
         means = losses.mean(axis=1).tolist()
         speed, workload = (position.samples - self._samples) / elapsed, self.ctx.workload

@@ -68,7 +68,7 @@ def _explain(error: Exception, plan: RunPlan, rank: _Rank | None) -> TimetrialEr
 
 
 class _Rank:
-    """The state of one rank, in the order in which it comes to be: join, open, build, (restore), race, finish."""
+    """The state of one rank, in the order in which it is set up: join, open, build, (restore), race, finish."""
 
     def __init__(self, plan: RunPlan, signals: Signals) -> None:
         self.plan, self.signals, self.opened = plan, signals, False
@@ -97,7 +97,9 @@ class _Rank:
         # Every rank follows rank 0: under an outer launcher each has composed its own plan.
         plan: RunPlan = ctx.backend.broadcast(self.plan)
         if self.plan.hash() != plan.hash():
-            raise UsageError(f"rank {ctx.rank} has another plan than rank 0: give every rank the same command and code")
+            raise UsageError(
+                f"rank {ctx.rank} has a different plan than rank 0: start all ranks with the same command and code"
+            )
         self.plan = plan
         ctx.config, ctx.run_dir, ctx.seed = plan.root, Path(plan.run_dir), plan.seed
         ctx.mesh = Mesh(plan.dimensions, ctx.rank)

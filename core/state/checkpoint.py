@@ -126,7 +126,7 @@ def _read_tree(folder: Path, name: str) -> dict[str, Any]:
         with safetensors.safe_open(path, "pt") as file:
             return _restore(json.loads(file.metadata()["tree"]), file.get_tensor)
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is refused, it is no safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _strip(tree: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Runs the real command line in a process of its own, and reads the run folder that it leaves."""
+"""Runs the real command line in a separate process, and reads the run folder that it leaves."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ FakePlugin = Callable[..., Path]
 def fake_plugin(tmp_path: Path) -> FakePlugin:
     """`fake_plugin(kind, name, source)` writes a distribution; returns the folder to put on PYTHONPATH.
 
-    `source` is the body of its plugin module, which must define `P`; `config_path` is where its `yaml` lies.
+    `source` is the body of its plugin module, which must define `P`; `config_path` is where its `yaml` is.
     """
     site = tmp_path / "site"
 

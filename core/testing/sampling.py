@@ -1,6 +1,6 @@
 """A pytest plugin (`-p core.testing.sampling`): `--sample SHARE` keeps a part of the long tests.
 
-It concerns tests marked `matrix` or `convergence`. What a change touches is always kept: tests that lie in, or name, a
+It concerns tests marked `matrix` or `convergence`. What a change touches is always kept: tests that are in, or name, a
 plugin with recently changed files. Of the others each is kept with probability SHARE, drawn from the commit, so that
 one commit always runs the same tests and every test has its turn. Tests marked `unsampled` are always kept.
 """

@@ -1,4 +1,4 @@
-"""Stands in for CUDA's recording on a CPU, so that all but the thin CUDA part can be tested without a GPU: `Tape` for
+"""Replaces CUDA's recording on a CPU, so that all but the thin CUDA part can be tested without a GPU: `Tape` for
 that of a step, `Pool` for that of parts of a model.
 
 python tape.py OVERRIDES        the command line of core.run, with `cuda_graphs` on a tape
@@ -51,7 +51,7 @@ class Tape:
 
 
 class Pool:
-    """Stands in for torch.cuda.make_graphed_callables with all graphs in one pool of memory.
+    """Replaces torch.cuda.make_graphed_callables with all graphs in one pool of memory.
 
     As a graph does, a graphed module takes the shapes that it was recorded with and no others, and overwrites the
     activations of the modules that were recorded by another call. While those are needed, that is an AssertionError.

@@ -105,5 +105,5 @@ with torch.cuda.stream(torch.cuda.Stream()):
 
 
 def test_a_failed_recording_names_its_cause_and_leaves_the_stream_usable() -> None:
-    # In a process of its own: in this one CUDA's generator would go on as if it were recorded, for the tests after it.
+    # In a separate process: in this one CUDA's generator would go on as if it were recorded, for the tests after it.
     subprocess.run([sys.executable, "-c", FAILING], check=True, timeout=100)

@@ -183,7 +183,7 @@ def test_a_subclass_of_a_known_optimizer_is_unknown_since_its_step_may_be_anothe
     class Other(LAMB):
         pass
 
-    with pytest.raises(UsageError, match=r"does not know the optimizer .*Other"):
+    with pytest.raises(UsageError, match=r"does not support the optimizer .*Other"):
         fuse(Other(network().parameters(), lr=0.1))
 
 

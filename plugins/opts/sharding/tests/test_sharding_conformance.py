@@ -21,7 +21,7 @@ class TestFsdp(OptSuite):
 
 
 class TestTensorParallel(OptSuite):
-    """On four ranks as two times two, for which `ddp` comes along, and without it on one."""
+    """On four ranks as two times two, for which `ddp` is added, and without it on one."""
 
     name = "tensor_parallel"
     workload = ("workload=toy", "backend=gloo")

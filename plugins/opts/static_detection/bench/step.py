@@ -38,7 +38,7 @@ WAITS = (
 )  # fmt: skip
 """Parts of names of operations; `lift_fresh` is a tensor made of the host's numbers, as by `torch.tensor`."""
 READS = ("tolist", "numpy", "__array__", "cpu")
-"""Methods that bring a tensor to the host without an operation, where it lies there already."""
+"""Methods that bring a tensor to the host without an operation, where it is there already."""
 
 
 class Waits(Counter[str]):

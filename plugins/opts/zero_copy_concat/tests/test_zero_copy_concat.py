@@ -172,7 +172,7 @@ def test_layers_that_read_different_inputs_are_refused() -> None:
     model = attention()
     prepared(model)
     model.query(source())
-    with pytest.raises(UsageError, match="do not read one and the same input"):
+    with pytest.raises(UsageError, match="do not read the same input"):
         model.key(source())
 
 

@@ -108,10 +108,10 @@ def test_untied_copies_are_refused(network: Any, other: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.npz", "a.safetensors"])
 def test_what_is_no_checkpoint_is_refused(network: Any, tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         checkpoints.load(network, str(tmp_path / name))
     (tmp_path / name).write_bytes(b"something else entirely")
-    with pytest.raises(CheckpointError, match=r"is no .npz, .safetensors or torch.save file"):
+    with pytest.raises(CheckpointError, match=r"is not a .npz, .safetensors or torch.save file"):
         checkpoints.load(network, str(tmp_path / name))
 
 

@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[Callable[[Source], Any], str]] = {
     ),
     "a polygon of two points": (
         lambda s: s.train["annotations"].append(s.object(9, 1, segmentation=[[1, 2, 3, 4]])),
-        "train2017 annotation 9: a polygon of it is no list of three or more points",
+        "train2017 annotation 9: a polygon is not a list of three or more points",
     ),
     "a box that is not finite": (
         lambda s: s.train["annotations"].append(s.object(9, 1) | {"bbox": [1, 2, math.nan, 4]}),

@@ -17,7 +17,7 @@ SMALL = (
 
 
 class TestMiniGo(WorkloadSuite):
-    """Two generations and a half; the games of the second and third are played by a network that has learnt."""
+    """Two generations and a half; the games of the second and third are played by a trained network."""
 
     name = "minigo"
     overrides = tuple(f"workload.{setting}" for setting in SMALL)

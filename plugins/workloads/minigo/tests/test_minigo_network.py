@@ -79,7 +79,7 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path) -> None:
         ("nowhere", "no trained network at"),
         ("", "no trained network at"),
         ("text", "is not a safetensors file"),
-        ("other.safetensors", "holds no network of timetrial-minigo"),
+        ("other.safetensors", "does not hold a network of timetrial-minigo"),
     ):
         with pytest.raises(UsageError, match=words):
             network.read(tmp_path / place)

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def generation(number: int, lengths: tuple[int, ...] = (4, 2, 5)) -> Examples:
     """Games with the given numbers of positions. Each position's stones are random but for the first two points, which
-    tell the generation and the game; all but the first position of a game are learnt from."""
+    tell the generation and the game; all but the first position of a game are trained on."""
     draw = torch.Generator().manual_seed(number)
     ply = torch.cat([torch.arange(length) for length in lengths])
     game = torch.cat([torch.full((length,), k) for k, length in enumerate(lengths)])

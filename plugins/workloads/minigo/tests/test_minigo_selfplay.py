@@ -95,7 +95,7 @@ def test_generations_and_seeds_give_other_games() -> None:
         assert first.stones.shape != other.stones.shape or not torch.equal(first.stones, other.stones)
 
 
-def test_a_game_begins_with_as_many_random_stones_as_it_draws_which_are_not_learnt_from() -> None:
+def test_a_game_begins_with_as_many_random_stones_as_it_draws_which_are_not_trained_on() -> None:
     examples = play(replace(PLAIN, opening=3))
     begun = [int(examples.learn[place].int().argmax()) for place, _ in games(examples)]
     assert set(begun) == {1, 2, 3}

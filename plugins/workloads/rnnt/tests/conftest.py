@@ -39,7 +39,7 @@ def real_speech() -> Path:
 
 
 WORDS = {"ALPHA": 300, "BRAVO": 600, "CHARLIE": 1200, "DELTA": 2400}
-"""Words of the small speech, each a tone of so many Hz."""
+"""Words of the small speech, each a tone of its frequency in Hz."""
 
 
 def tones(words: list[str], rng: np.random.Generator, rate: int = RATE) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -120,7 +120,7 @@ def test_utterances_that_cannot_be_used_are_named_and_counted(
     expected = spoil(tmp_path / "speech")
     stopped = prepare_speech(tmp_path / "speech", tmp_path / "out")
     assert stopped.returncode == 1
-    assert "set data.max_bad=1 to pass over it" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert "set data.max_bad=1 to skip it" in stopped.stderr and "Traceback" not in stopped.stderr
     allowed = prepare_speech(tmp_path / "speech", tmp_path / "out", f"data.max_bad={len(expected)}")
     assert allowed.returncode == 0, allowed.stderr
     assert f"{len(expected)} bad" in allowed.stdout

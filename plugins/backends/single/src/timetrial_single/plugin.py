@@ -106,6 +106,6 @@ class Single(Plugin):
         return Evidence(
             plugin="single",
             active=weights <= {str(ctx.device)},
-            summary=f"one process; the model's parameters lie on {', '.join(sorted(weights)) or 'no device'}",
+            summary=f"one process; the model's parameters are on {', '.join(sorted(weights)) or 'no device'}",
             figures={"device": str(ctx.device), "parameter_devices": sorted(weights)},
         )

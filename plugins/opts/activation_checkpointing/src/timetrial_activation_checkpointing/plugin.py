@@ -26,7 +26,7 @@ class ActivationCheckpointingConfig:
 
 
 class ActivationCheckpointing(Plugin):
-    """Keeps the inputs of the workload's blocks and recomputes what lies inside them in the backward pass."""
+    """Keeps the inputs of the workload's blocks and recomputes their activations in the backward pass."""
 
     spec = OptSpec(
         interface=2,
@@ -51,7 +51,7 @@ class ActivationCheckpointing(Plugin):
         blocks = ctx.workload.blocks(ctx.model)
         if not blocks:
             raise NotOfferedError(
-                "opt 'activation_checkpointing' acts on the repeated blocks of a model, and this workload names none; "
+                "opt 'activation_checkpointing' acts on the repeated blocks of a model, but this workload names none; "
                 "leave it out"
             )
         self._blocks = [CheckpointedBlock(block, ctx.device) for block in blocks[:: self.config.every]]

@@ -69,7 +69,7 @@ class Amp(Plugin):
         if seen.compiled:
             parts.append(f"compiled graphs kept {seen.compiled_low} of {seen.compiled} tensors in {self.config.dtype}")
         native = native_bfloat16(ctx.device)
-        parts = parts or ["the step holds no matrix product or convolution"]
+        parts = parts or ["the step has no matrix product or convolution"]
         parts.append(f"the {ctx.device.type} {'has' if native else 'lacks'} native bfloat16 arithmetic")
         return Evidence(
             plugin="amp", active=seen.active, summary="; ".join(parts), figures={**asdict(seen), "native": native}

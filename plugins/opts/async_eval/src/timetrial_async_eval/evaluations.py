@@ -13,7 +13,7 @@ from core.api.types import Forward, Pending, RunContext
 class Evaluations:
     """The evaluator beside rank 0, ready when this returns; the other ranks are told what rank 0 hears from it.
 
-    One evaluation goes on at a time: the loop settles it before it begins another.
+    Only one evaluation runs at a time: the loop settles it before it starts another.
     """
 
     def __init__(self, ctx: RunContext, device: str, threads: int | None) -> None:
@@ -29,7 +29,7 @@ class Evaluations:
             raise TimetrialError(f"opt 'async_eval': {problem}; leave it out")
 
     def begin(self, infer: Forward) -> Pending:
-        """Hands over the weights as they are now; training may then go on."""
+        """Hands over the weights as they are now; training may then continue."""
         started = time.perf_counter()
         states = {"model": self._ctx.layout.model_state(), "workload": self._ctx.workload.state_dict()}
         if self._ctx.rank == 0:

@@ -25,7 +25,7 @@ class AsyncEvalConfig:
 
 
 class AsyncEval(Plugin):
-    """Hands each evaluation's weights to a process beside rank 0 and lets the loop go on."""
+    """Hands each evaluation's weights to a process beside rank 0 and lets the loop continue."""
 
     spec = OptSpec(
         interface=2,

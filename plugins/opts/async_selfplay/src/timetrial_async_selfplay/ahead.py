@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 
 class Ahead:
-    """The player beside this rank, which builds its network while this process goes on."""
+    """The player beside this rank, which builds its network while this process continues."""
 
     def __init__(self, ctx: RunContext, device: str, threads: int | None) -> None:
         self._ctx = ctx
@@ -78,7 +78,7 @@ class Ahead:
         return weights
 
     def _begin(self) -> None:
-        """Asks the player for the next generation; training may then go on."""
+        """Asks the player for the next generation; training may then continue."""
         assert self._next is not None
         number, weights = self._next
         self._player.ask({"generation": number, "weights": weights})

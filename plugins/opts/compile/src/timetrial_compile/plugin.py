@@ -28,7 +28,7 @@ class CompileConfig:
     """Settings of `opt.compile`, with the meaning that torch.compile gives them."""
 
     backend: str = checked(choices=BACKENDS)
-    """`inductor` generates kernels; the others only trace the model, in seconds: to find out what stands in the way."""
+    """`inductor` generates kernels; the others only trace the model, in seconds, to find what prevents compilation."""
     mode: str = checked(choices=MODES)
     """How long to search for fast kernels, and whether to capture CUDA graphs."""
     dynamic: bool | None
@@ -58,7 +58,7 @@ class Compile(Plugin):
         mode = self.config.mode
         if mode in CAPTURING and "cuda_graphs" in plan.opts:
             raise ConflictError(
-                f"opt.compile.mode={mode} captures CUDA graphs, which cannot lie inside those of opt 'cuda_graphs': "
+                f"opt.compile.mode={mode} captures CUDA graphs, which cannot be inside those of opt 'cuda_graphs': "
                 "use opt.compile.mode=default or max-autotune-no-cudagraphs, or leave out 'cuda_graphs'"
             )
 
@@ -69,7 +69,7 @@ class Compile(Plugin):
         from timetrial_compile.compiled import Counts
 
         model = yield
-        # Without a frame of its own, a model whose class is torch's (nn.Sequential) is silently left uncompiled.
+        # Without its own frame, a model whose class is torch's (nn.Sequential) is silently left uncompiled.
         with torch.compiler.config.patch(wrap_top_frame=True):  # pyright: ignore[reportAttributeAccessIssue]
             model.compile(
                 backend=self.config.backend,

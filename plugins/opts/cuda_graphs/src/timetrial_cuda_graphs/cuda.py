@@ -41,7 +41,7 @@ class CudaCapture:
         graph, failure, result = torch.cuda.CUDAGraph(), None, None
         stream = torch.cuda.current_stream()
         try:
-            # Other threads go on meanwhile: they copy the next batch, or ask NCCL how its work is getting on.
+            # Other threads keep running: they copy the next batch, or poll NCCL for its progress.
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 try:
                     result = function()
@@ -49,12 +49,12 @@ class CudaCapture:
                     failure = error
                     raise
         except Exception:
-            # Ending a recording that has failed raises an error of its own, which hides the cause.
+            # Ending a recording that has failed raises another error, which hides the cause.
             torch.cuda.set_stream(stream)
             if failure is not None:
                 raise failure from None
             raise
-        self._first = self._first or graph  # a pool ends with the last of its graphs, and cannot be begun again
+        self._first = self._first or graph  # a pool ends with the last of its graphs, and cannot be started again
         return graph.replay, result
 
 

@@ -76,7 +76,7 @@ class _Graph:
 
 def signature(tree: Any) -> tuple[list[Tensor], Hashable]:
     """The tensors of a pytree, and all that a recording takes as fixed: the tree's structure (for a `Batch` with its
-    samples and weight), each tensor's shape, dtype and device, and every leaf that is no tensor."""
+    samples and weight), each tensor's shape, dtype and device, and every leaf that is not a tensor."""
     leaves, structure = pytree.tree_flatten(tree)
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     fixed = (

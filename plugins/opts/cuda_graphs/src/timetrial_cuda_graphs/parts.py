@@ -69,7 +69,7 @@ def graph_parts(
     nothing else from the pool, and the next step needs nothing of it.
 
     Leaves parameters, buffers and random generators as they were. To be called before DistributedDataParallel wraps the
-    model. UsageError for a part that a graph cannot stand in for, OutOfMemoryError for too many shapes.
+    model. UsageError for a part that a graph cannot replace, OutOfMemoryError for too many shapes.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generators = generator_states(device)
@@ -125,7 +125,7 @@ def _observe(modules: dict[str, nn.Module], run: Callable[[], Any], device_type:
                     f"cuda_graphs: part '{name}' runs twice in a step; a graph holds one run's activations"
                 )
             if kwargs or not all(isinstance(a, Tensor) for a in args):
-                raise UsageError(f"cuda_graphs: part '{name}' takes other arguments than tensors in order")
+                raise UsageError(f"cuda_graphs: part '{name}' takes arguments other than positional tensors")
             examples = tuple(a.detach().clone().requires_grad_(a.requires_grad) for a in args)
             autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
             calls[name] = _Call(examples, autocast)

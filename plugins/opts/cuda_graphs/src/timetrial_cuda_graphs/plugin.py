@@ -33,7 +33,7 @@ INFERENCE_WARMUP = 3
 
 NOT_WITH_PARTS = {
     "compile": "torch.compile cannot look into those",
-    # Besides, make_graphed_callables hands out gradients that its next backward pass overwrites (pytorch #181723).
+    # Besides, make_graphed_callables returns gradients that its next backward pass overwrites (pytorch #181723).
     "grad_accumulation": "those are captured for whole batches, and micro-batches are smaller",
 }
 """Opts that conflict where only parts of a model are captured, each with the reason."""

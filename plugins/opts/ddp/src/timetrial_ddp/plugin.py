@@ -23,7 +23,7 @@ class DdpConfig:
     """Settings of `opt.ddp`."""
 
     bucket_cap_mib: float = checked(above=0)
-    """MiB of gradients that are exchanged together while the backward pass goes on."""
+    """MiB of gradients that are exchanged together during the backward pass."""
 
 
 class Ddp(Plugin):

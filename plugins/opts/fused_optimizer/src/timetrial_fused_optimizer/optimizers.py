@@ -26,7 +26,7 @@ Work = tuple[Group, list[Tensor], list[Tensor]]
 
 
 class Fused(torch.optim.Optimizer):
-    """What the four share: a learning rate on the device, state that lies in memory as its parameter does.
+    """What the four share: a learning rate on the device, state with the memory layout of its parameter.
 
     `groups` are another optimizer's, with all their settings. torch's fused kernels run over memory as it lies, without
     regard to strides: a gradient or a state that is laid out otherwise than its parameter would be applied to the wrong
@@ -215,15 +215,15 @@ def fuse(inner: torch.optim.Optimizer) -> Fused:
     kind, groups = OPTIMIZERS.get(type(inner)), inner.param_groups
     if kind is None:
         raise UsageError(
-            f"fused_optimizer does not know the optimizer {_full_name(type(inner))}: leave it out; "
-            f"it knows {', '.join(map(_full_name, OPTIMIZERS))}"
+            f"fused_optimizer does not support the optimizer {_full_name(type(inner))}: leave it out; "
+            f"it supports {', '.join(map(_full_name, OPTIMIZERS))}"
         )
     if any(group.get("dampening") for group in groups):
-        raise UsageError("fused_optimizer does not know SGD with dampening: leave it out, or set dampening to 0")
+        raise UsageError("fused_optimizer does not support SGD with dampening: leave it out, or set dampening to 0")
     formats = {(w.dtype, w.device) for group in groups for w in group["params"]}
     if len(formats) > 1:
         raise UsageError(
-            "fused_optimizer takes parameters of one dtype on one device, not "
+            "fused_optimizer needs parameters of one dtype on one device, not "
             f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in formats))}: leave it out"
         )
     return kind([dict(group) for group in groups if group["params"]])

@@ -57,11 +57,11 @@ class GradientCompression(Plugin):
         if plan.root.prewarm_steps == 0:
             raise ConflictError(
                 f"{POWERSGD} needs prewarm_steps of at least 1: buckets take their final shape after the first "
-                "backward pass, and what a resumed run has kept for each belongs to that shape"
+                "backward pass, and a resumed run's state for each belongs to that shape"
             )
         if "cuda_graphs" in plan.opts:
             raise ConflictError(
-                f"{POWERSGD} waits for the device in each step, which no CUDA graph can hold: use method=bf16, or "
+                f"{POWERSGD} waits for the device in each step, which a CUDA graph cannot capture: use method=bf16, or "
                 "leave opt 'cuda_graphs' out"
             )
 
@@ -80,7 +80,7 @@ class GradientCompression(Plugin):
             return None, self._exchange.exchange
         if ctx.device.type == "cpu" and torch.cuda.is_available():
             raise NotHereError(
-                f"{POWERSGD} on CPU ranks works only where torch sees no GPU, for torch's hook waits for any that it "
+                f"{POWERSGD} on CPU ranks works only where torch sees no GPU, because torch's hook waits for any it "
                 "sees: set CUDA_VISIBLE_DEVICES to nothing, or use backend=nccl"
             )
         seed = ctx.seed_for("gradient_compression")  # without the rank: every rank must draw the same matrices

@@ -1,4 +1,4 @@
-"""The opt `playout_cap`: full search on a sampled share of the moves of self-play; only those are learnt from."""
+"""The opt `playout_cap`: full search on a sampled share of self-play moves; only those are trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PlayoutCapConfig:
     """Settings of `opt.playout_cap`."""
 
     full_share: float = checked(above=0, at_most=1)
-    """Share of the moves that get a full search, whose positions are learnt from."""
+    """Share of the moves that get a full search, whose positions are trained on."""
     small: float = checked(above=0, at_most=1)
     """Simulations of the other moves, as a share of the full number; at least 2."""
 
@@ -33,7 +33,7 @@ class PlayoutCap(Plugin):
 
     spec = OptSpec(
         interface=2,
-        summary="full search on a sampled share of the moves of self-play; only those are learnt from",
+        summary="full search on a sampled share of self-play moves; only those are trained on",
         numerics="changes",
         replaces=frozenset({PLAYOUTS}),
     )

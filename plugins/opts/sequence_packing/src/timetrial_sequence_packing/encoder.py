@@ -1,4 +1,4 @@
-"""The encoder over packed rows: a token attends to those of its own sequence alone."""
+"""The encoder over packed rows: a token attends only to those of its own sequence."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Fsdp(Plugin):
         from timetrial_sharding.layout import SplitLayout
 
         layout = yield
-        # That of `tensor_parallel`, which lies inside, knows of shards.
+        # That of `tensor_parallel`, which is inside, knows about shards.
         self._layout = layout if isinstance(layout, SplitLayout) else _split_layout(ctx)
         return self._layout
 

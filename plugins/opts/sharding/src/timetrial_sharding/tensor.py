@@ -171,7 +171,7 @@ STYLES: dict[str, type[Column | Row | Random]] = {"column": Column, "row": Row, 
 
 @contextmanager
 def own_random_numbers(mesh: DeviceMesh) -> Generator[None]:
-    """Inside, each rank of `mesh` draws other random numbers; after it all go on with the numbers that they share.
+    """Inside, each rank of `mesh` draws different random numbers; after it all continue with the shared ones.
 
     The ranks' own generators follow from the shared one, so that no state has to be kept or saved for them.
     """
@@ -210,7 +210,7 @@ def _check(model: nn.Module, name: str, dims: Mapping[str, int], size: int) -> N
     module = model.get_submodule(name)
     if dims and type(module) is not nn.Linear:
         raise PluginError(f"the tensor-parallel plan splits {name}, a {type(module).__name__}: it can split nn.Linear")
-    if dims and "forward" in vars(module):  # which would go on to compute with the whole layer
+    if dims and "forward" in vars(module):  # which would still compute with the whole layer
         what = f"opt 'tensor_parallel' cannot split {name}, whose forward another opt has replaced"
         raise ConflictError(f"{what}, as 'activation_checkpointing' does; leave one of the two out")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]

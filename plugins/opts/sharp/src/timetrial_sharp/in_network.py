@@ -121,7 +121,7 @@ def plugin_library() -> Path | None:
     folders = [Path(f) for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
     if "HPCX_DIR" in os.environ:
         folders.append(Path(os.environ["HPCX_DIR"], "nccl_rdma_sharp_plugin", "lib"))
-    found = [folder / name for folder in folders for name in names]  # an absolute name stands for itself
+    found = [folder / name for folder in folders for name in names]  # an absolute name is kept
     if not wanted and (listed := ctypes.util.find_library("nccl-net")):
         found.append(Path(listed))
     return next((path for path in found if path.is_file() and _SYMBOL in path.read_bytes()), None)

@@ -62,18 +62,18 @@ def _equal(ranks: tuple[tuple[int, ...], ...], source: str) -> Nodes:
     if len(sizes) > 1:
         raise NotHereError(
             f"opt 'sharp' needs equally many ranks that exchange gradients on every node, but {source} puts {sizes[0]} "
-            f"on one and {sizes[-1]} on another; start equally many on each"
+            f"on one and {sizes[-1]} on another; start the same number on each"
         )
     return Nodes(ranks, source)
 
 
 def sets_of_peers(nodes: Nodes, mesh: Mesh) -> list[Nodes]:
-    """For each set of ranks that exchange gradients with one another, how it lies on the nodes: all alike."""
+    """For each set of ranks that exchange gradients with one another, its place on the nodes; all have the same."""
     peers = {Mesh(mesh.dimensions, rank).data_peers for rank in range(mesh.world_size)}
     found = [nodes.among(ranks) for ranks in sorted(peers)]
     if len({(one.count, one.ranks_per_node) for one in found}) > 1:
         raise NotHereError(
-            "opt 'sharp' needs the ranks that exchange gradients to lie on the nodes in the same way for every part of "
+            "opt 'sharp' needs the ranks that exchange gradients to be on the nodes in the same way for every part of "
             "the model; start the ranks in the order of the nodes"
         )
     return found

@@ -27,7 +27,7 @@ LEVEL_EPSILON = 1e-6
 
 
 class Fixed:
-    """What lies at the seams, and counts of what their limits have cut short: on the device, where they arise there."""
+    """The replacements at the seams, and counts of what their limits cut short, kept on the device they arise on."""
 
     def __init__(self, rounds: int, candidates: int, device: torch.device) -> None:
         self.rounds, self.candidates = rounds, candidates
@@ -87,9 +87,9 @@ class Fixed:
     ) -> Tensor:
         """Features [B * R, channels, side, side] of regions, each from its level of the pyramid, by one call.
 
-        The levels lie below one another on one canvas, each with its last row and column repeated, which is what
+        The levels are placed below one another on one canvas, each with its last row and column repeated, which is what
         RoIAlign reads within one cell beyond them. (It takes a region to be one cell large at least: of a smaller one
-        at the border it reads a second cell, which on a map of its own is zero.)
+        at the border it reads a second cell, which on a separate map is zero.)
         """
         maps = [features[name] for name in pool.featmap_names]
         scales = [2.0 ** round(math.log2(m.shape[-2] / image_size[0])) for m in maps]

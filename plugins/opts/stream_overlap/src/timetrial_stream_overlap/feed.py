@@ -47,7 +47,7 @@ class _End:
 
 
 class Feed:
-    """Replaces `plain`: hands out the same batches in the same order, up to `depth` of them ahead of the consumer.
+    """Replaces `plain`: yields the same batches in the same order, up to `depth` of them ahead of the consumer.
 
     One thread consumes the iterable. It ends with the iterable, or as soon as the iterator is closed or dropped; what
     the iterable raises is raised in its place. On an accelerator the batches are page-locked and then moved on a

@@ -135,7 +135,7 @@ def _interval(event: Mapping[str, Any]) -> Interval:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """All that lies in any of them."""
+    """All that is in any of them."""
     merged: list[Interval] = []
     for start, end in sorted(i for i in intervals if i[1] > i[0]):
         if merged and start <= merged[-1][1]:
@@ -146,7 +146,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    """All that lies in both."""
+    """All that is in both."""
     common: list[Interval] = []
     i = j = 0
     while i < len(first) and j < len(second):
@@ -161,7 +161,7 @@ def intersection(first: list[Interval], second: list[Interval]) -> list[Interval
 
 
 def difference(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    """All of the first that does not lie in the second."""
+    """All of the first that is not in the second."""
     if not first:
         return []
     edge = [first[0][0], first[-1][1]]

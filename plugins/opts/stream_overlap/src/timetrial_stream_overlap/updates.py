@@ -70,7 +70,7 @@ class BackwardUpdates:
             buffer.copy_(exchanged)
         offset = buffer.storage_offset()
         for parameter in parameters:
-            # Not bucket.gradients(): its views are row-major, but a gradient lies in its bucket as its parameter does.
+            # Not bucket.gradients(): its views are row-major, but gradients there have their parameter's layout.
             parameter.grad = buffer.as_strided(parameter.shape, parameter.stride(), offset)
             offset += parameter.numel()
         self._update(parameters)

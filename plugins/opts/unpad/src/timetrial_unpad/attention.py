@@ -1,4 +1,4 @@
-"""Attention within each of several sequences that lie one after the other.
+"""Attention within each of several concatenated sequences.
 
 T tokens of all sequences, A heads of size D. `cu_seqlens` [sequences + 1] int32, on the tokens' device: where each
 begins, and where the last one ends.

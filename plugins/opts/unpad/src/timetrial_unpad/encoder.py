@@ -1,4 +1,4 @@
-"""The encoder over one long row of sequences, each of which attends to itself alone."""
+"""The encoder over one long row of sequences, each of which attends only to itself."""
 
 from __future__ import annotations
 

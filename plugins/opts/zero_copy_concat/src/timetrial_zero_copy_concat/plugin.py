@@ -33,8 +33,8 @@ class ZeroCopyConcat(Plugin):
         numerics="tolerance",
         conflicts={
             "compile": "torch.compile lays out the buffers of its graphs itself",
-            "fsdp": "the shards of different parameters cannot lie in one block of memory",
-            "tensor_parallel": "the parts of different parameters cannot lie in one block of memory",
+            "fsdp": "the shards of different parameters cannot share one block of memory",
+            "tensor_parallel": "the parts of different parameters cannot share one block of memory",
         },
     )
     Config = ZeroCopyConcatConfig
@@ -63,6 +63,6 @@ class ZeroCopyConcat(Plugin):
             plugin="zero_copy_concat",
             active=len(used) == len(self._found),
             summary=f"{layers} linear layers in {len(self._found)} products, {len(used)} of which ran in training; "
-            f"{saved / 2**20:.1f} MiB a pass neither copied nor summed apart",
+            f"{saved / 2**20:.1f} MiB per pass neither copied nor summed separately",
             figures={"layers": layers, "products": len(self._found), "used": len(used), "bytes_saved_per_pass": saved},
         )

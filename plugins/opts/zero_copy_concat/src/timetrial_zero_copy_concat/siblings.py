@@ -20,9 +20,9 @@ from core.api.errors import UsageError
 
 class Siblings:
     """Replaces the `forward` of linear layers. Their parameters stay the objects that they are, under their names; but
-    their values come to lie one after the other in one block of memory, which a single product reads.
+    their values are moved to one contiguous block of memory, which a single product reads.
 
-    The first layer that is called computes all; the others hand out their slices. UsageError where they turn out not
+    The first layer that is called computes all; the others return their slices. UsageError where they turn out not
     to be called with the same tensor, once each.
     """
 
@@ -48,7 +48,7 @@ class Siblings:
         source, outputs = self._pending
         if x is not source or number not in outputs:
             raise UsageError(
-                f"opt 'zero_copy_concat': the layers of {self.name} do not read one and the same input: "
+                f"opt 'zero_copy_concat': the layers of {self.name} do not read the same input: "
                 "take them out of opt.zero_copy_concat.siblings"
             )
         if len(outputs) == 1:
@@ -69,7 +69,7 @@ class Siblings:
 
 
 class _Products(torch.autograd.Function):
-    """x W^T + b for all layers at once. Backward, each layer's product adds to the gradient of x where it lies."""
+    """x W^T + b for all layers at once. Backward, each layer's product adds to the gradient of x in place."""
 
     @staticmethod
     def forward(
@@ -132,6 +132,6 @@ def find(model: nn.Module, names: Sequence[Sequence[str]]) -> list[Siblings]:
 
 
 def alike(layers: Sequence[nn.Module]) -> bool:
-    """Whether one product can stand for all."""
+    """Whether one product can replace all of them."""
     shapes = {(type(m), m.in_features, m.bias is None, m.weight.dtype) for m in layers if isinstance(m, nn.Linear)}
     return len(layers) > 1 and all(type(m) is nn.Linear for m in layers) and len(shapes) == 1

@@ -25,7 +25,7 @@ class MlperfConfig:
 
 
 class MlperfLog(Plugin):
-    """Writes result_0.txt on rank 0. A resumed run goes on with the log as it was at its checkpoint."""
+    """Writes result_0.txt on rank 0. A resumed run continues the log as it was at its checkpoint."""
 
     spec = PluginSpec(interface=2, summary="the official MLPerf log, for MLCommons' checkers")
     Config = MlperfConfig

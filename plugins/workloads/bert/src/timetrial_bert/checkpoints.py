@@ -89,13 +89,13 @@ def read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}: set workload.init_checkpoint to a file") from None
+        raise CheckpointError(f"checkpoint {path} does not exist: set workload.init_checkpoint to a file") from None
     except Exception as error:  # torch's unpickler fails with whatever the next byte makes of it
         reason = str(error).split("\n")[0][:200]
-        raise CheckpointError(f"{path} is no .npz, .safetensors or torch.save file of tensors: {reason}") from None
+        raise CheckpointError(f"{path} is not a .npz, .safetensors or torch.save file of tensors: {reason}") from None
     tree = tree.get("model", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tree.values()):
-        raise CheckpointError(f'{path} holds no state_dict (nor one under "model"): save model.state_dict()')
+        raise CheckpointError(f'{path} has no state_dict (nor one under "model"): save model.state_dict()')
     return dict(tree)
 
 

@@ -47,9 +47,9 @@ class BertConfig:
     shard_mib: float = checked(above=0)
     """For `core.prepare`: MiB of text that become one shard, whose second sentences come from within it."""
     max_eval_samples: int | None = checked(at_least=1)
-    """Of a larger evaluation set so many examples are taken, evenly spaced."""
+    """Maximum number of examples to evaluate; they are taken evenly spaced from a larger evaluation set."""
     synthetic_fill: float = checked(above=0, at_most=1)
-    """Of `data=synthetic`: mean share of a row that is no padding; lengths are spread evenly around it."""
+    """Of `data=synthetic`: mean share of a row that is not padding; lengths are spread evenly around it."""
 
     size: str = checked(choices=SIZES)
     """2 layers of 128 (tiny) to 24 of 1,024 (large)."""

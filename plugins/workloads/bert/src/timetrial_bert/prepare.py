@@ -84,8 +84,8 @@ def run(preparation: Preparation, config: BertConfig) -> dict[str, int]:
     for kind, name in (("training", "lower"), ("evaluation", "higher")):
         if not counts[f"{kind} examples"]:
             raise DataError(
-                f"{preparation.source} is too little text, it gives no {kind} examples: "
-                f"give more, or set a {name} workload.held_out"
+                f"{preparation.source} has too little text for any {kind} examples: "
+                f"provide more, or set a {name} workload.held_out"
             )
     for text in texts:
         (preparation.out / text).unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def write_vocabulary(
     else:
         texts = [s for document in _documents(pieces, "train", settings) for s in document]
         if not texts:
-            raise DataError("there is no text to train a vocabulary on: give more, or a lower workload.held_out")
+            raise DataError("there is no text to train a vocabulary on: provide more, or lower workload.held_out")
         tokens = wordpiece.train(texts, size, settings["lower_case"])
     path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
     return len(tokens)

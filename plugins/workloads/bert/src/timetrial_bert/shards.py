@@ -84,7 +84,7 @@ class Shards:
             if prepared.get(name) != mine:
                 raise DataError(
                     f"{self.root} was prepared with workload.{name}={prepared.get(name)}, not {mine}: "
-                    "set it so, or prepare the data again"
+                    "change it back, or prepare the data again"
                 )
         if (
             self.config.init_checkpoint == "starter"

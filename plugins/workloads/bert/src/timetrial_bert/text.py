@@ -60,7 +60,7 @@ def _paragraphs(path: Path) -> Iterable[list[str]]:
         try:
             yield from wiki.pages(path)
         except (OSError, EOFError, ET.ParseError, StopIteration) as error:
-            raise ValueError(f"it is no complete dump ({type(error).__name__}: {error})") from None
+            raise ValueError(f"it is not a complete dump ({type(error).__name__}: {error})") from None
         return
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MIN_PARAGRAPH = 40
-"""Characters; shorter lines are captions, hatnotes and what is left of formulas."""
+"""Characters; shorter lines are captions, hatnotes and remains of formulas."""
 
 _SPANS = re.compile(r"<!--.*?-->|<(ref|math|gallery|timeline|source|code)\b[^>]*?(?:/>|>.*?</\1>)", re.S | re.I)
 _BRACES = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.S)
@@ -27,7 +27,7 @@ _APPENDIX = re.compile(
     r"^==\s*(?:See also|References|Notes|Further reading|External links|Bibliography)\s*==", re.M | re.I
 )
 _MARKED = re.compile(r"^[=*#:;|!{}\s]")
-"""Start of a line that is a heading, a list item, an indented line or what is left of a table."""
+"""Start of a line that is a heading, a list item, an indented line or the remains of a table."""
 
 
 def pages(path: Path) -> Iterator[list[str]]:

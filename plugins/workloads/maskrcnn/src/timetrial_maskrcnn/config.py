@@ -34,7 +34,7 @@ class MaskRCNNConfig:
     """Folder of images, and part of the annotations' name, in a COCO folder."""
     eval_split: str
     min_size: int = checked(at_least=32)
-    """Images of COCO are resized until their shorter side has so many pixels,"""
+    """Images of COCO are resized until their shorter side has this many pixels,"""
     max_size: int = checked(at_least=32)
     """unless their longer side would have more than these."""
     size_multiple: int = checked(at_least=1)

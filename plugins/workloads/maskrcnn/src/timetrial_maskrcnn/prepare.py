@@ -7,7 +7,7 @@
 
 What the reference leaves out of training is left out and counted: crowd regions, objects without area or outside their
 image, and images without objects. What is wrong (a missing or unreadable image, an annotation of no image or category,
-a malformed polygon) is named, and refused unless `data.max_bad` allows so many. Evaluation keeps every image.
+a malformed polygon) is named, and more than `data.max_bad` of them are refused. Evaluation keeps every image.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _read(source: Path, split: str) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: {LAYOUT.format(split=split)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no COCO instances file ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path} is not a COCO instances file ({type(error).__name__}: {error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -164,7 +164,7 @@ def _problem(annotation: dict[str, Any], categories: set[int], image: dict[str, 
         return "it has no segmentation"
     for polygon in shape:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_finite, polygon)):
-            return "a polygon of it is no list of three or more points"
+            return "a polygon is not a list of three or more points"
     return ""
 
 

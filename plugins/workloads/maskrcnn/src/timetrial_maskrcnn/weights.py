@@ -29,7 +29,7 @@ def load(body: nn.Module, path: Path) -> None:
         body.load_state_dict(own)
     except KeyError as error:
         raise DataError(f"workload.pretrained={path} has no {error}: {LAYOUT} is expected") from None
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each format raises its own errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"workload.pretrained={path} cannot be used ({reason}): {LAYOUT} is expected") from None
 

@@ -81,7 +81,7 @@ class MaskRCNNWorkload:
             check_manifest(self.train.root, "maskrcnn_mlperf", self.ctx.data_rank, self.ctx.data_size)
             if self.config.backbone == "resnet50" and self.config.pretrained is None:
                 raise DataError(
-                    f"workload.pretrained names no file: give {weights.LAYOUT}; or `random`, against the rules"
+                    f"workload.pretrained is not set: give {weights.LAYOUT}, or `random`, which the rules forbid"
                 )
         _ = self._sampler  # a data set smaller than one global batch is an error before the clock, too
 

@@ -3,7 +3,7 @@
 Letters: N boards, S board size, P = S * S points (row by row from the top left), A = P + 1 moves (the last one is the
 pass), L length of a list of earlier positions, K moves looked at one by one.
 
-What is played: area scoring of what stands on the board (Tromp-Taylor; all stones count as alive); positional superko
+What is played: area scoring of what is on the board (Tromp-Taylor; all stones count as alive); positional superko
 over the earlier positions that the caller gives; suicide of two or more stones if the rules allow it. A single stone's
 suicide would leave the position as it is, which superko forbids, so it never is legal. Two passes in a row end the
 game; there is no limit of moves. open_spiel's Go differs in three ways: of repetitions it forbids only the immediate

@@ -132,7 +132,7 @@ class Session:
 
     def _turn(self, colour: int) -> Boards:
         """The position with this colour to play, which the protocol leaves to the controller. It knows no end of a game
-        either: after two passes play goes on as if nobody had passed."""
+        either: after two passes play continues as if nobody had passed."""
         boards = self._positions[-1]
         passes = torch.where(boards.passes < 2, boards.passes, 0).to(boards.passes.dtype)
         return boards._replace(to_play=torch.full_like(boards.to_play, colour), passes=passes)

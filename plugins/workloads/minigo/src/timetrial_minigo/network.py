@@ -191,6 +191,6 @@ def _rebuilt(tensors: Mapping[str, Tensor], file: Path) -> PolicyValueNet:
     except (KeyError, ValueError, RuntimeError) as error:
         what = str(error).splitlines()[0]
         raise UsageError(
-            f"{file} holds no network of timetrial-minigo: {what}; give the folder of a minigo run"
+            f"{file} does not hold a network of timetrial-minigo: {what}; give the folder of a minigo run"
         ) from None
     return model.eval()

@@ -120,7 +120,7 @@ class Match:
         self.lost_by_opponent: dict[int, Literal["resignation", "illegal move"]] = {}
 
     def running(self) -> Tensor:
-        """Indices of the games that go on."""
+        """Indices of the games that are not over."""
         over = self.go.ended(self.boards).tolist()
         limit, lost = self.move_limit, self.lost_by_opponent
         going = (i for i, moves in enumerate(self.moves) if not over[i] and len(moves) < limit and i not in lost)

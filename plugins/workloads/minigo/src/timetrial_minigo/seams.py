@@ -38,7 +38,7 @@ class Examples(NamedTuple):
     outcome: Tensor
     """[T] int8: 1 where black won the game, -1 where white did, 0 for a draw."""
     learn: Tensor
-    """[T] bool: whether it is one of the K that are learnt from."""
+    """[T] bool: whether it is one of the K that are trained on."""
     policy: Tensor
     """[K, A] float16: the policy that the search found."""
 
@@ -64,7 +64,7 @@ class Searched(TypedDict):
 
 
 FIGURE = "selfplay"
-"""Where `Searched` lies among `ctx.figures`, and in result.json. An opt that has games played elsewhere brings it."""
+"""Where `Searched` is in `ctx.figures`, and in result.json. An opt that has games played elsewhere brings it."""
 
 
 def searched(figures: Mapping[str, Any]) -> Searched:

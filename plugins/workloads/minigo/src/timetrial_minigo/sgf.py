@@ -60,12 +60,12 @@ def save_games(folder: Path, games: Iterable[Game], rules: Rules, ours: str, the
 
 
 def board_lines(stones: Sequence[int], size: int, last: int | None = None) -> list[str]:
-    """A board in letters, from the top row down; the point of the `last` move stands in brackets."""
+    """A board in letters, from the top row down; the point of the `last` move is in brackets."""
     letters = "   " + " ".join(COLUMNS[:size])
     lines = [letters]
     for row in reversed(range(size)):
         cells = "".join(f" {SIGNS[stone]}" for stone in stones[row * size : (row + 1) * size]) + " "
-        if last is not None and last // size == row:  # a pass lies on no row
+        if last is not None and last // size == row:  # a pass is on no row
             at = 2 * (last % size)
             cells = f"{cells[:at]}({cells[at + 1]}){cells[at + 3 :]}"
         lines.append(f"{row + 1:2}{cells}{row + 1}")

@@ -21,7 +21,7 @@ from timetrial_minigo.workload import search_settings
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of this workload has learnt, and the rules and search that it learnt with. On the CPU."""
+    """The network that a run of this workload trained, with the rules and search it was trained with. On the CPU."""
 
     config: MiniGoConfig
     model: network.PolicyValueNet

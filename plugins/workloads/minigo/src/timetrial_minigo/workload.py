@@ -1,4 +1,4 @@
-"""The workload as core's loop sees it: an epoch is a generation of self-play and what is then learnt from its games."""
+"""The workload as core's loop sees it: an epoch is a generation of self-play and the training on its games."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class MiniGoWorkload:
         return played
 
     def all_alike(self, generation: int, ply: int, games: int) -> tuple[Tensor, Tensor]:
-        """`Playouts`: each move gets as many simulations as any other, and each position is learnt from."""
+        """`Playouts`: each move gets as many simulations as any other, and each position is trained on."""
         return torch.full((games,), self.config.simulations), torch.ones(games, dtype=torch.bool)
 
     def _after_move(self, generation: int, ply: int) -> None:

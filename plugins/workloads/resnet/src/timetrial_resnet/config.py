@@ -48,7 +48,7 @@ class ResNetConfig:
 
     label_smoothing: float = checked(at_least=0, at_most=1)
     max_shift: float = checked(at_least=0)
-    """Random translation of digits and IDX images, up to so many pixels each way."""
+    """Random translation of digits and IDX images, up to this many pixels each way."""
     max_rotation: float = checked(at_least=0, at_most=180)
     """Likewise, in degrees."""
     max_scale: float = checked(at_least=0, at_most=0.9)

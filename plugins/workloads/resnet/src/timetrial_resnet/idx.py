@@ -30,7 +30,7 @@ def find(root: Path, split: str, kind: str) -> Path:
     """The file of "train" or "val" that holds "images" or "labels". EMNIST puts its own name before the usual one."""
     if not root.is_dir():
         raise DataError(
-            f"there is no folder {root}: set data.root to a folder of IDX files "
+            f"folder {root} does not exist: set data.root to a folder of IDX files "
             "(on Debian, `apt-get install dataset-fashion-mnist` provides Fashion-MNIST)"
         )
     words = (PREFIXES[split], "test") if split == "val" else (PREFIXES[split],)
@@ -47,7 +47,7 @@ def find(root: Path, split: str, kind: str) -> Path:
 def shape(path: Path) -> tuple[int, ...]:
     """The dimensions, after checking that the file's size agrees with them; reads no values.
 
-    The size of a compressed file's contents stands in its last four bytes, modulo 2^32 (RFC 1952, section 2.3.1).
+    The last four bytes of a compressed file hold the size of its contents, modulo 2^32 (RFC 1952, section 2.3.1).
     """
     try:
         with _open(path) as file:
@@ -64,7 +64,9 @@ def shape(path: Path) -> tuple[int, ...]:
     else:
         actual = path.stat().st_size
     if actual != expected:
-        raise DataError(f"{path} is truncated or damaged: its header promises {expected} bytes, not {actual}. {REMEDY}")
+        raise DataError(
+            f"{path} is truncated or damaged: its header says {expected} bytes, but it has {actual}: {REMEDY}"
+        )
     return dimensions
 
 

@@ -37,10 +37,10 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 LAYOUT = "data.root must be a folder with train/<class>/*.jpg and val/<class>/*.jpg"
 
 IGNORED = -100
-"""Label of an unreadable image: `F.cross_entropy` passes over it by default, and no prediction equals it."""
+"""Label of an unreadable image: `F.cross_entropy` ignores it by default, and no prediction equals it."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is cut short, is no image, or is absurdly large."""
+"""What Pillow raises for a file that is truncated, is not an image, or is absurdly large."""
 
 AHEAD = 2
 """Batches that are being read while one is being trained on: one to hand over, one to keep the threads busy."""
@@ -58,7 +58,7 @@ class ImageFolder:
     Batches are (images [B, 3, size, size] float32, channel means subtracted, labels [B] int64). An unreadable image is
     counted, named once on stderr, and becomes a blank image with the label IGNORED, so that batches keep their shape.
     More than `data.max_bad` of them raise DataError: here on the rank that meets them, and in `ResNetWorkload.evaluate`
-    where no rank alone has met so many.
+    where no rank alone exceeds that number.
     """
 
     channels = CHANNELS
@@ -82,7 +82,7 @@ class ImageFolder:
         assert self.root is not None  # or the plugin's `check` has refused the run
         for split in ("train", "val"):
             if not (self.root / split).is_dir():
-                raise DataError(f"there is no folder {self.root / split}: {LAYOUT}")
+                raise DataError(f"folder {self.root / split} does not exist: {LAYOUT}")
         self._names = _subfolders(self.root / "train")
         if not self._names:
             raise DataError(f"{self.root / 'train'} has no class folders: {LAYOUT}")
@@ -186,7 +186,7 @@ def refuse_too_many(bad: Iterable[str], allowed: int) -> None:
     if len(names) > allowed:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise DataError(
-            f"unreadable image {names[0]}{more}: replace or remove it, or set data.max_bad={len(names)} to pass over it"
+            f"unreadable image {names[0]}{more}: replace or remove it, or set data.max_bad={len(names)} to skip it"
         )
 
 

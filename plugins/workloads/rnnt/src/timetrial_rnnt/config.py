@@ -53,7 +53,7 @@ class RnntConfig:
     """Training utterances are played at a random speed between the two, in hundredths."""
     freq_masks: int = checked(at_least=0)
     freq_mask_max: int = checked(at_least=0)
-    """SpecAugment: how many bands are hidden, and at most so many mels each."""
+    """SpecAugment: how many bands are masked, and the most mels in each."""
     time_masks: int = checked(at_least=0)
     time_mask_max: float = checked(at_least=0, at_most=1)
     """SpecAugment: how many stretches are hidden, and at most so much of the utterance each."""

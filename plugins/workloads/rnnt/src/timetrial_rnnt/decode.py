@@ -28,8 +28,8 @@ def greedy(
     """At each frame the most probable class: a label is emitted and the frame looked at again, the blank ends it
     (Graves 2012, arXiv:1211.3711, section 2.5, with a beam of one).
 
-    Each utterance stands at a frame of its own. In each turn it looks at the `WINDOW` frames from there on, goes to the
-    first one that is not blank and emits its label, or passes over all. It ends behind its last frame, `lengths` [B],
+    Each utterance is at its own frame. In each turn it looks at the `WINDOW` frames from there on, goes to the
+    first one that is not blank and emits its label, or skips all. It ends after its last frame, `lengths` [B],
     or after `max_symbols` labels; after `max_per_frame` labels a frame is left. Returns labels [B, max_symbols] int64,
     filled up with the blank, and how many there are, [B] int64. What is decoded beside an utterance does not change it.
     """

@@ -49,17 +49,17 @@ class Masks:
 
 
 def frame_count(samples: int) -> int:
-    """Frames of 10 ms that so many samples give."""
+    """Frames of 10 ms in this number of samples."""
     return -(-samples // STRIDE)
 
 
 def samples_at(samples: int, percent: int) -> int:
-    """That so many samples become at so many percent of their speed."""
+    """The number of samples after resampling to `percent` of the speed."""
     return -(-samples * 100 // percent)
 
 
 def spliced_count(frames: int, factor: int, multiple: int = 1) -> int:
-    """Spliced frames that so many frames give, padded to a `multiple`."""
+    """Spliced frames in this number of frames, padded to a `multiple`."""
     return -(-frames // (factor * multiple)) * multiple
 
 
@@ -78,7 +78,7 @@ def trim(audio: NDArray[np.float32], decibels: float) -> NDArray[np.float32]:
 
 
 def change_speed(audio: NDArray[np.float32], percent: int) -> NDArray[np.float32]:
-    """Spoken at so many percent of its speed, and pitch: resampled."""
+    """Resampled to `percent` of its speed and pitch."""
     if percent == 100:
         return audio
     return _resampler(percent)(torch.from_numpy(audio)).numpy()
@@ -91,7 +91,7 @@ def _resampler(percent: int) -> torchaudio.transforms.Resample:
 
 def log_mel(audio_BS: Tensor, lengths: Tensor, bands: int) -> tuple[Tensor, Tensor]:
     """Features [B, M, T] float32 of audio padded with zeros, normalised for each utterance and band to mean 0 and
-    deviation 1 over its own frames, 0 behind its end; and its frames [B]. What lies beside it does not matter."""
+    deviation 1 over its own frames, 0 behind its end; and its frames [B]. What it is batched with does not matter."""
     emphasised = torch.cat([audio_BS[:, :1], audio_BS[:, 1:] - PREEMPHASIS * audio_BS[:, :-1]], 1)
     inside = torch.arange(audio_BS.shape[1], device=audio_BS.device) < lengths[:, None]
     frames = -(-lengths // STRIDE)
@@ -119,7 +119,7 @@ def normalise(features_BMT: Tensor, frames: Tensor) -> Tensor:
 
 
 def mask(features_BMT: Tensor, masks_BN2: Tensor, frequency_count: int) -> Tensor:
-    """0 wherever one of an utterance's masks lies."""
+    """0 wherever one of an utterance's masks is."""
     for dimension, part in ((1, masks_BN2[:, :frequency_count]), (2, masks_BN2[:, frequency_count:])):
         places = torch.arange(features_BMT.shape[dimension], device=features_BMT.device)
         start, width = part[..., :1], part[..., 1:]

@@ -45,7 +45,7 @@ class Recurrent(nn.Module):
 
 class Encoder(nn.Module):
     """Spliced frames [B, T x stack_time, F] to [B, T, H]: LSTMs, then `stack_time` neighbouring frames become one, then
-    LSTMs at the lower rate. It looks at the past alone, so what lies behind an utterance's end does not change it."""
+    LSTMs at the lower rate. It depends only on the past, so what follows an utterance's end does not change it."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ def _require_both(rows: list[dict[str, Any]], source: Path, config: RnntConfig) 
     ):
         if part not in found:
             where = config.eval_folder if part == "eval" else "train*"
-            raise DataError(f"{source} has not {what} that can be used in {where}: give more speech")
+            raise DataError(f"{source} does not have {what} that can be used in {where}: provide more speech")
 
 
 def write_chapter(path: Path, folder: Path, max_duration: float | None) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def read(file: Path) -> NDArray[np.int16]:
         reason = str(error).splitlines()[0].rpartition(": ")[2]
         raise ValueError(f"it cannot be read as audio, or is truncated: {reason}") from None
     if len(audio) < expected or _is_cut_short(file):
-        raise ValueError(f"it is truncated behind sample {len(audio):,}")
+        raise ValueError(f"it is truncated after sample {len(audio):,}")
     if not len(audio):
         raise ValueError("it holds no samples")
     return audio
@@ -194,6 +194,6 @@ def write_model(path: Path, given: Path | None, texts: Sequence[str], size: int)
             )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:200]
-        problem = f"{len(texts)} transcripts give no {size} sentencepieces: {reason}"
+        problem = f"{len(texts)} transcripts are too few for {size} sentencepieces: {reason}"
         raise DataError(f"{problem}; set a lower workload.vocab_size") from None
     return size

@@ -56,7 +56,7 @@ class PreparedSpeech:
             if prepared.get(name) != mine:
                 raise DataError(
                     f"{self.root} was prepared with workload.{name}={prepared.get(name)}, not {mine}: "
-                    "set it so, or prepare the data again"
+                    "change it back, or prepare the data again"
                 )
         letters = self.config.tokens == "letters"
         self._tokens: Tokens = Letters() if letters else SentencePieces(self.root / MODEL)

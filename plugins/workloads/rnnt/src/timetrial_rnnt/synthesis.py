@@ -1,4 +1,4 @@
-"""Digit strings spoken by espeak-ng: `python -m timetrial_rnnt.synthesis FILE`, a process of its own.
+"""Digit strings spoken by espeak-ng: `python -m timetrial_rnnt.synthesis FILE`, a separate process.
 
 The library (GPL-3, in the wheel `espeakng-loader`) is loaded by this process alone. Its noise is seeded for each
 utterance; but some voices leave traces in the next one, so all is spoken by one process, in one order.

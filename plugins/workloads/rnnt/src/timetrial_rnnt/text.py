@@ -42,7 +42,7 @@ class SentencePieces:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise DataError(f"{path} is no sentencepiece model: {reason}; prepare the data again") from None
+            raise DataError(f"{path} is not a sentencepiece model: {reason}; prepare the data again") from None
         self.size = self._model.get_piece_size()
 
     def encode(self, text: str) -> list[int]:

@@ -110,13 +110,13 @@ class RnntWorkload:
             yield self._noise(frames, labels=1)
 
     def _padded_frames(self, samples: int) -> int:
-        """T of a batch whose longest utterance has so many samples."""
+        """T of a batch whose longest utterance has `samples` samples."""
         return features.spliced_count(
             features.frame_count(samples), self.config.splice_frames, self.config.pad_frames_to
         )
 
     def _noise(self, frames: int, labels: int) -> Batch:
-        """A full batch on the device, of utterances with so many spliced frames and labels each."""
+        """A full batch on the device, of utterances with this number of spliced frames and labels each."""
         config, size = self.config, self.global_batch_size // self.ctx.data_size
         generator = torch.Generator().manual_seed(self.ctx.seed_for("synthetic", self.ctx.data_rank))
         data = {
