@@ -359,7 +359,7 @@ class Case:
     suicide: bool = False
     opening: int = 4
     moves: int = 6
-    games: int = 6
+    games: int = 4
     superko: bool = False
     """Whether superko must have come up, and the ends of games."""
 
@@ -402,20 +402,22 @@ def compare(case: Case) -> tuple[int, int, int]:
 
 
 CASES = {
-    "no noise": Case(3, 0.5, {}, noisy=False, superko=True),
+    "no noise": Case(3, 0.5, {}, noisy=False, superko=True, games=6),
     "noise": Case(4, 0.5, {}),
     "a penalty": Case(4, 1.0, {"value_init_penalty": 0.3}),
     "no penalty": Case(5, 1.0, {"value_init_penalty": 0.0}),
-    "suicide": Case(3, 0.5, {}, suicide=True, moves=12, superko=True),
-    "reuse": Case(3, 0.5, {"reuse": True, "nodes": 400}, moves=12, superko=True),
+    "suicide": Case(3, 0.5, {}, suicide=True, moves=12, superko=True, games=6),
+    "reuse": Case(3, 0.5, {"reuse": True, "nodes": 400}, moves=12, superko=True, games=6),
     "reuse, as far as there is room": Case(4, 0.5, {"reuse": True, "nodes": 32, "value_init_penalty": 0.0}, moves=8),
     "virtual losses": Case(4, 0.5, {"leaves": 3}),
-    "virtual losses and reuse": Case(3, 0.0, {"leaves": 6, "reuse": True}, moves=12, superko=True),
+    "virtual losses and reuse": Case(3, 0.0, {"leaves": 6, "reuse": True}, moves=12, superko=True, games=6),
     "symmetries": Case(4, 0.5, {"leaves": 2, "reuse": True}, turned=True),
     "more exploration": Case(4, 0.5, {"c_puct_base": 5.0, "c_puct_init": 2.0, "noise_fraction": 0.5}),
     "calls in parts": Case(4, 0.5, {"network_batch": 5}),
     "gumbel": Case(4, 0.5, {"method": "gumbel"}),
-    "gumbel, few moves": Case(3, 0.5, {"method": "gumbel", "considered": 4, "c_scale": 0.1}, moves=12, superko=True),
+    "gumbel, few moves": Case(
+        3, 0.5, {"method": "gumbel", "considered": 4, "c_scale": 0.1}, moves=12, superko=True, games=6
+    ),
     "gumbel, without noise": Case(5, 0.5, {"method": "gumbel", "simulations": 50}, noisy=False, moves=2),
 }
 
