@@ -110,8 +110,8 @@ class Seams:
         for name, spec in self._specs.items():
             names = sorted(seam.name for seam in spec.replaces)
             if names and not self._offered.intersection(names):
-                what = f"opt '{name}' acts on {', '.join(names)}, which workload '{self._workload}' does not offer here"
-                raise NotOfferedError(f"{what}; leave it out")
+                what = f"opt '{name}' acts on {', '.join(names)}, which nothing here offers: not workload"
+                raise NotOfferedError(f"{what} '{self._workload}', and no other opt; leave it out")
 
 
 def build_for_training(ctx: RunContext, plan: RunPlan, hooks: Any) -> Step:
