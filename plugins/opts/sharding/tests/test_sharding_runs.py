@@ -131,7 +131,7 @@ def test_the_order_on_the_command_line_never_matters_and_ddp_comes_along() -> No
         ("+opt=[tensor_parallel,fsdp] launch.nproc=2", "not_here", "'fsdp' has nobody to shard with"),
         ("+opt=tensor_parallel launch.nproc=3", "usage", "3 ranks cannot be arranged as tensor 2"),
         ("+opt=[fsdp,ddp] launch.nproc=2", "conflict", "both claim gradient_exchange"),
-        ("+opt=[fsdp,gradient_compression] launch.nproc=2", "conflict", "it exchanges gradients itself"),
+        ("+opt=[fsdp,gradient_compression] launch.nproc=2", "conflict", "both claim gradient_exchange.hook"),
         ("+opt=[fsdp,compile] launch.nproc=2", "conflict", "hooks around each block"),
         ("+opt=[tensor_parallel,fused_optimizer] launch.nproc=2", "conflict", "take whole parameters"),
         ("+opt=[tensor_parallel,stream_overlap] launch.nproc=2", "conflict", "in the backward pass"),

@@ -50,7 +50,7 @@ class Fsdp(Plugin):
             "a graph cannot replay",
         },
         wraps=frozenset({"tensor_parallel"}),  # what is sharded is each rank's part of a layer
-        claims=frozenset({"gradient_exchange"}),
+        claims=frozenset({"gradient_exchange", "gradient_exchange.hook"}),  # there are no buckets to act on
     )
     Config = FsdpConfig
     config: FsdpConfig
