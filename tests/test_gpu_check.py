@@ -86,7 +86,7 @@ def test_opts_that_the_workload_refuses_are_left_out_of_all(tool: ModuleType) ->
         def run(self, *overrides: str) -> Any:
             opts = overrides[-1].removeprefix("opt=[").removesuffix("]").split(",")
             if "b" in opts:
-                return tool.Run(2, "opt 'b' acts on bert.encoder, which workload 'toy' does not offer here", 1.0)
+                return tool.Run(2, "opt 'b' acts on bert.encoder, which nothing here offers", 1.0)
             return tool.Run(0, "", 1.0, speeds=[1.0, 50.0, 100.0, 110.0], evidence={o: {"active": True} for o in opts})
 
     check = Answers(device="cpu", opts={}, workloads=[], jobs=1, ceilings={"fp32": 2.0})

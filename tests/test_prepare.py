@@ -135,7 +135,7 @@ def test_a_damaged_result_is_named(command, tmp_path: Path) -> None:
 
 def test_what_cannot_be_prepared_is_refused(command, tmp_path: Path) -> None:
     for arguments, said in (
-        (["workload=toy", "source=.", f"out={tmp_path / 'x'}"], "nothing to prepare"),
+        (["workload=toy", "source=.", f"out={tmp_path / 'x'}"], "needs no preparation"),
         (["workload=loudd", "source=.", "out=x"], "not installed"),
         (["source=.", "out=x"], "usage"),
     ):

@@ -186,7 +186,7 @@ class Run:
     @property
     def not_offered(self) -> bool:
         """Refused since the workload lacks what an opt acts on."""
-        return self.refused and any(words in self.words for words in (" does not offer", " does not apply "))
+        return self.refused and any(words in self.words for words in (" which nothing here offers", " does not apply "))
 
 
 RUN_LIMIT, CUT_OFF = 150.0, 124

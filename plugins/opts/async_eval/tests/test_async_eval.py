@@ -50,7 +50,7 @@ def test_the_log_of_a_run_that_ends_in_the_middle_of_a_block_passes_the_official
 def test_synthetic_data_is_refused(tmp_path: Path) -> None:
     refused = run_ranks("workload=toy", "data=synthetic", "+opt=async_eval", run_dir=tmp_path / "run").expect(2)
     assert refused.failure == "not_offered"
-    assert "acts on core.evaluate, which workload 'toy' does not offer here" in refused.stderr
+    assert "acts on core.evaluate, which nothing here offers: not workload 'toy'" in refused.stderr
 
 
 def start(run_dir: Path) -> tuple[psutil.Process, psutil.Process]:

@@ -83,7 +83,7 @@ def test_it_goes_with_other_opts_and_their_evidence_holds(tmp_path: Path) -> Non
 def test_synthetic_data_is_refused(tmp_path: Path) -> None:
     refused = run_ranks(*TINY, "data=synthetic", "+opt=async_selfplay", run_dir=tmp_path / "run").expect(2)
     assert refused.failure == "not_offered"
-    assert "acts on minigo.generation, which workload 'minigo' does not offer here" in refused.stderr
+    assert "acts on minigo.generation, which nothing here offers: not workload 'minigo'" in refused.stderr
 
 
 def test_a_player_that_fails_says_why_in_one_line(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def plugin(**changes: Any) -> GradientCompression:
 
 @pytest.mark.parametrize(
     ("prewarm_steps", "opts", "message"),
-    [(0, (), "needs prewarm_steps of at least 1"), (1, ("cuda_graphs",), "no CUDA graph can hold")],
+    [(0, (), "needs prewarm_steps of at least 1"), (1, ("cuda_graphs",), "a CUDA graph cannot capture")],
 )
 def test_powersgd_refuses_what_would_break_it(prewarm_steps: int, opts: tuple[str, ...], message: str) -> None:
     plan: Any = SimpleNamespace(root=SimpleNamespace(prewarm_steps=prewarm_steps), opts=opts)

@@ -345,7 +345,7 @@ def test_a_workload_without_the_seam_is_refused_in_either_mode(tmp_path: Path) -
     for mode in ("exact", "pruned"):
         arguments = ("workload=toy", "+opt=lean_transducer", f"opt.lean_transducer.mode={mode}")
         refused = run_cli(*arguments, run_dir=tmp_path / mode).expect(2)
-        assert "acts on rnnt.loss, which workload 'toy' does not offer" in refused.stderr
+        assert "acts on rnnt.loss, which nothing here offers: not workload 'toy'" in refused.stderr
 
 
 def test_the_triton_kernel_is_refused_where_there_is_no_gpu() -> None:

@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(command: str, kind: st
             "workload=bert data=synthetic launch.nproc=4 opt.tensor_parallel.degree=4", "usage",
             "num_attention_heads is 2, which cannot be split over 4 ranks: set opt.tensor_parallel.degree to a divisor",
         ),
-        ("workload=resnet workload.width=8", "not_offered", "acts on core.tensor_plan, which workload 'resnet'"),
+        ("workload=resnet workload.width=8", "not_offered", "core.tensor_plan, which nothing here offers"),
     ],
     ids=["size", "replaced", "heads", "no plan"],
 )  # fmt: skip

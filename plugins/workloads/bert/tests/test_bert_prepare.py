@@ -61,7 +61,7 @@ def test_finished_shards_serve_another_training_and_no_other_preparation(
     assert prepare_shards(source, prepared, *training).returncode == 0
     refused = prepare_shards(source, prepared, *training, "workload.sequence_length=32")
     assert refused.returncode == 2
-    assert "begun with another workload.sequence_length (64, now 32)" in refused.stderr
+    assert "started with a different workload.sequence_length (64, now 32)" in refused.stderr
     assert contents(prepared) == before
 
 

@@ -71,9 +71,9 @@ def test_each_layout_of_text_files_is_told_by_its_content(tmp_path: Path) -> Non
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
-        ("a.xml.bz2", b"BZh9 nothing", "no complete dump"),
-        ("a.xml.bz2", bz2.compress(f"<mediawiki {SPACE}><page>".encode()), "no complete dump"),
-        ("a.xml.bz2", bz2.compress(b"<x>" + bytes(range(32, 127)) * 999)[:-40], "no complete dump"),
+        ("a.xml.bz2", b"BZh9 nothing", "not a complete dump"),
+        ("a.xml.bz2", bz2.compress(f"<mediawiki {SPACE}><page>".encode()), "not a complete dump"),
+        ("a.xml.bz2", bz2.compress(b"<x>" + bytes(range(32, 127)) * 999)[:-40], "not a complete dump"),
     ],
 )
 def test_a_bad_file_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:

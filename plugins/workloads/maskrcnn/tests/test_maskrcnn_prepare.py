@@ -44,7 +44,7 @@ def test_a_finished_folder_serves_another_training_and_no_other_preparation(sour
     assert prepare(source.folder, *training).returncode == 0
     refused = prepare(source.folder, *training, "workload.eval_split=train2017")
     assert refused.returncode == 2
-    assert "begun with another workload.eval_split (val2017, now train2017)" in refused.stderr
+    assert "started with a different workload.eval_split (val2017, now train2017)" in refused.stderr
 
 
 LEFT_OUT: dict[str, tuple[Callable[[Source], Any], str]] = {

@@ -79,7 +79,7 @@ def test_finished_speech_serves_another_training_and_no_other_preparation(
     assert prepare_speech(source, prepared, *training).returncode == 0
     refused = prepare_speech(source, prepared, *training, "workload.max_duration=0.8")
     assert refused.returncode == 2
-    assert "begun with another workload.max_duration (16.7, now 0.8)" in refused.stderr
+    assert "started with a different workload.max_duration (16.7, now 0.8)" in refused.stderr
     assert manifest(prepared) == before
 
 
