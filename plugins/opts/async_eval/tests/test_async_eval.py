@@ -87,6 +87,7 @@ def test_a_killed_run_leaves_no_evaluator_behind(tmp_path: Path) -> None:
     assert not evaluator.is_running()
 
 
+@pytest.mark.convergence
 def test_an_evaluation_of_detections_is_hidden_behind_steps(tmp_path: Path) -> None:
     small = ("workload=maskrcnn", "workload.train_scenes=80", "workload.eval_scenes=20", "workload.global_batch_size=4")
     when = ("workload.eval.first=1", "stop.epochs=2", "workload.least_score=0.0001", "log_seconds=0.1")

@@ -1,5 +1,7 @@
 """What every opt must show, on a small MiniGo."""
 
+import pytest
+
 from core.testing.suites import OptSuite
 
 
@@ -16,3 +18,7 @@ class TestAsyncSelfplay(OptSuite):
     float64 = True  # the last bit of a float32 can choose another move, and so another game
     changes_by = 0.5
     """Other games give other examples from the second generation on; the loss stays near a new network's."""
+
+    @pytest.mark.convergence
+    def test_it_reaches_the_target_with_evidence(self) -> None:
+        super().test_it_reaches_the_target_with_evidence()
