@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core.testing.cli import Outcome, environment, run_cli, run_raw
+from core.testing.cli import Outcome, environment, run_cli, run_ranks, run_raw
 
 OPT = """
 class P(Plugin):
@@ -139,8 +139,8 @@ def test_a_new_mesh_dimension_needs_no_change_to_core(tmp_path: Path, fake_plugi
     )
     site = str(fake_plugin("opt", "twins", source))
     toy = ("workload=toy", "stop.steps=40")
-    four = run_cli(*toy, "+opt=twins", "launch.nproc=4", run_dir=tmp_path / "four", PYTHONPATH=site).expect(4)
-    two = run_cli(*toy, "launch.nproc=2", run_dir=tmp_path / "two").expect(4)
+    four = run_ranks(*toy, "+opt=twins", "launch.nproc=4", run_dir=tmp_path / "four", PYTHONPATH=site).expect(4)
+    two = run_ranks(*toy, "launch.nproc=2", run_dir=tmp_path / "two").expect(4)
     assert four.result["mesh"] == {"data": 2, "twin": 2}
     for key in ("parameters_sha256", "quality", "samples"):
         assert four.result[key] == two.result[key], key

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import psutil
+import pytest
 import safetensors.torch
 import torch
 
@@ -61,6 +62,7 @@ def test_the_second_generation_is_played_by_the_untrained_network_and_the_third_
         starts = {name: start + len(expected[name]) for name, start in starts.items()}
 
 
+@pytest.mark.convergence
 def test_a_run_that_is_stopped_between_generations_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     arguments = (*TINY, "+opt=async_selfplay")
     undisturbed = run_ranks(*arguments, "stop.epochs=4", run_dir=tmp_path / "undisturbed").expect(4)

@@ -76,6 +76,7 @@ def test_what_other_opts_do_lies_inside_the_graph(backend: tuple[str, ...], opts
     assert all(evidence["active"] for evidence in graphs.evidence.values())
 
 
+@pytest.mark.convergence
 def test_parts_are_captured_for_the_shapes_that_the_workload_names(tmp_path: Path) -> None:
     """An epoch of rnnt. T of a batch is a multiple of 8: first that of its synthetic batch, 56, then those from 96,
     what its longest utterance can have, downwards."""
